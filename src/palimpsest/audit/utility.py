@@ -1,0 +1,123 @@
+"""Utility and plain forgetting: accuracy on forget, retain and test, per class (checklist A1, D1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from palimpsest.core.auditing import audit
+from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
+from palimpsest.core.finding import Finding, Outcome, Row
+from palimpsest.core.intervals import clopper_pearson, mean_interval
+from palimpsest.core.scale import judged
+
+
+@audit("utility", code="A1", tasks=("classification",))
+@dataclass(frozen=True)
+class Utility:
+    """Accuracy on forget, retain and test records, per class, beside original and retrained.
+
+    Test records of classes that were forgotten as a whole count as forgetting, not as utility.
+    """
+
+    def run(self, evidence: Evidence) -> Outcome:
+        """Accuracies with exact intervals; probabilities of the true label with bootstrap intervals."""
+        groups = {
+            "forget_accuracy": ("forget", None, "knowledge"),
+            "retain_accuracy": ("retain", None, "utility"),
+            "test_accuracy": ("test", False, "utility"),
+            "forget_test_accuracy": ("test", True, "knowledge"),
+        }
+        findings: list[Finding] = []
+        for name, (part, like, meaning) in groups.items():
+            if not evidence.has(part):
+                continue
+            chosen = _group(evidence, part, like)
+            if chosen.any():
+                findings.append(_accuracy(evidence, name, part, chosen, meaning))
+        findings.append(_probability(evidence))
+        return Outcome(tuple(findings), {"per_class": tuple(_per_class(evidence))})
+
+
+def correct(evidence: Evidence, role: str, part: str) -> NDArray[np.bool_]:
+    """Whether a model is right, [records]."""
+    predicted = evidence.observe(role, part).logits.argmax(1).numpy()
+    return predicted == evidence.labels(part)
+
+
+def true_probability(evidence: Evidence, role: str, part: str) -> NDArray[np.float64]:
+    """Probability of the true label, [records]."""
+    logits = evidence.observe(role, part).logits.double()
+    labels = torch.from_numpy(evidence.labels(part).astype(np.int64))
+    return logits.softmax(1).gather(1, labels[:, None])[:, 0].numpy()
+
+
+def _group(evidence: Evidence, part: str, like: bool | None) -> NDArray[np.bool_]:
+    records = evidence.records(part)
+    if like is None:
+        return np.ones(len(records), bool)
+    forgotten = evidence.split.like_forgotten(records)
+    return forgotten if like else ~forgotten
+
+
+def _accuracy(evidence: Evidence, name: str, part: str, chosen: NDArray[np.bool_], meaning: Any) -> Finding:
+    rate = {role: float(correct(evidence, role, part)[chosen].mean()) for role in evidence.roles}
+    n = int(chosen.sum())
+    low, high = clopper_pearson(round(rate[UNLEARNED] * n), n)
+    finding = Finding(
+        "utility",
+        name,
+        rate[UNLEARNED],
+        low,
+        high,
+        n,
+        more_is=meaning,
+        original=rate.get(ORIGINAL),
+        controls=tuple(rate[role] for role in evidence.control_roles),
+    )
+    return judged(finding, floor=1 / n) if meaning == "knowledge" else finding
+
+
+def _probability(evidence: Evidence) -> Finding:
+    values = {role: true_probability(evidence, role, "forget") for role in evidence.roles}
+    low, high = mean_interval(values[UNLEARNED], evidence.runtime.numpy("utility"))
+    return judged(
+        Finding(
+            "utility",
+            "forget_probability",
+            float(values[UNLEARNED].mean()),
+            low,
+            high,
+            len(values[UNLEARNED]),
+            more_is="knowledge",
+            original=float(values[ORIGINAL].mean()) if ORIGINAL in values else None,
+            controls=tuple(float(values[role].mean()) for role in evidence.control_roles),
+            note="mean probability of the true label",
+        )
+    )
+
+
+def _per_class(evidence: Evidence) -> list[Row]:
+    rows: list[Row] = []
+    for part in ("test", "forget", "retain"):
+        if not evidence.has(part):
+            continue
+        labels = evidence.labels(part)
+        for role in evidence.roles:
+            right = correct(evidence, role, part)
+            for label in np.unique(labels):
+                mine = labels == label
+                rows.append(
+                    {
+                        "class": str(label),
+                        "part": part,
+                        "model": role,
+                        "accuracy": float(right[mine].mean()),
+                        "n": int(mine.sum()),
+                    }
+                )
+    return rows

@@ -1,0 +1,1 @@
+"""The nouns of the house; knows no method and no domain."""

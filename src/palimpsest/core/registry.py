@@ -1,0 +1,79 @@
+"""Names for things: methods, audits, data sets, models. One decorator registers, entry points extend."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from palimpsest.core.errors import PalimpsestError, UnknownName
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A mapping from name to entry that fills itself on first use.
+
+    Args:
+        kind: What the entries are, for error messages ("method", "audit", ...).
+        package: Dotted package whose modules register entries when imported; imported on first look-up.
+        group: Entry-point group through which other distributions register theirs: each entry point
+            names a module (imported for its decorators) or an already decorated object.
+    """
+
+    def __init__(self, kind: str, package: str, group: str | None = None):
+        self.kind, self.package, self.group = kind, package, group
+        self._entries: dict[str, T] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that stores the decorated object under `name`; a name is taken only once."""
+
+        def store(entry: T) -> T:
+            known = self._entries.get(name)
+            same_place = (getattr(known, "__module__", 0), getattr(known, "__qualname__", 0)) == (
+                getattr(entry, "__module__", 1),
+                getattr(entry, "__qualname__", 1),
+            )
+            if known is not None and not same_place:
+                raise PalimpsestError(f"The {self.kind} name '{name}' is taken by {known!r}.")
+            self._entries[name] = entry
+            return entry
+
+        return store
+
+    def get(self, name: str) -> T:
+        """The entry called `name`.
+
+        Raises:
+            UnknownName: If there is none; the message suggests the nearest name.
+        """
+        if name not in self._entries:
+            self.load()
+        if name not in self._entries:
+            raise UnknownName(self.kind, name, self._entries)
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        self.load()
+        return sorted(self._entries)
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """All (name, entry) pairs, sorted by name."""
+        for name in self.names():
+            yield name, self._entries[name]
+
+    def load(self) -> None:
+        """Import every module of the package and every entry point of the group, once."""
+        if self._loaded:
+            return
+        self._loaded = True
+        package = importlib.import_module(self.package)
+        for module in pkgutil.walk_packages(package.__path__, f"{self.package}."):
+            if not module.name.rpartition(".")[2].startswith("_"):
+                importlib.import_module(module.name)
+        for entry in entry_points(group=self.group) if self.group else ():
+            entry.load()

@@ -1,0 +1,87 @@
+"""The verb `forget`: check everything, then run one method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from palimpsest.core.errors import NonFiniteLoss
+from palimpsest.core.needs import Need, require
+from palimpsest.core.runtime import Runtime
+from palimpsest.core.split import ForgetSplit
+from palimpsest.core.task import Task
+from palimpsest.core.unlearner import UNLEARNERS, Unlearner, build
+from palimpsest.parts.reinitialise import check_finite
+from palimpsest.parts.training import RECIPE_ATTRIBUTE, recipe_of
+
+
+def forget(
+    model: nn.Module,
+    split: ForgetSplit,
+    method: str | Unlearner,
+    task: Task,
+    seed: int = 0,
+    runtime: Runtime | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """Make a model forget `split.forget`.
+
+    Args:
+        model: The trained model; not changed.
+        split: The erasure request.
+        method: Name of a method (`palimpsest methods` lists them), or an instance.
+        task: The domain.
+        seed: Of everything random in the method.
+        runtime: Device and progress; by default this machine with `seed`.
+        **settings: Hyperparameters of the method, under the names of its fields.
+
+    Returns:
+        A new model of the same class (a guard returns a wrapper with the same `forward`).
+
+    Raises:
+        UnknownName: For an unknown method or hyperparameter.
+        MissingNeed: If the method needs something that is not at hand.
+        NonFinite, InvalidLabels, ModelMismatch: If model and records do not fit. All before any work.
+        NonFiniteLoss: If the method diverged.
+    """
+    unlearner = method if isinstance(method, Unlearner) else build_unlearner(method, settings)
+    runtime = runtime or Runtime(seed=seed)
+    require(unlearner.card.name, unlearner.card.needs, needs_met(model, split, unlearner))
+    check_finite(model)
+    for part in (split.forget, split.retain):
+        if part is not None:
+            task.check(runtime.place(model), part)
+    recipe = recipe_of(model)
+    unlearned = unlearner.unlearn(model, split, task, runtime)
+    for name, tensor in unlearned.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteLoss(f"Method '{unlearner.card.name}' diverged: '{name}' holds NaN or Inf.")
+    if recipe is not None:
+        setattr(unlearned, RECIPE_ATTRIBUTE, recipe)
+    unlearned.eval()
+    return unlearned
+
+
+def build_unlearner(name: str, settings: dict[str, Any]) -> Unlearner:
+    """A method by name with its hyperparameters."""
+    return build("method", UNLEARNERS.get(name), name, settings)
+
+
+def needs_met(
+    model: nn.Module | None, split: ForgetSplit, unlearner: Unlearner | None = None
+) -> frozenset[Need]:
+    """What is at hand: from the model, the parts of the split, and the method's own settings."""
+    have = {Need.FORGET_DATA}
+    if model is not None:
+        have.add(Need.MODEL)
+        if recipe_of(model) is not None:
+            have.add(Need.TRAINING_RECIPE)
+    if "label" in split.forget[0] or split.forget.has_column("label"):
+        have.add(Need.FORGET_LABELS)
+    if split.retain is not None:
+        have.add(Need.RETAIN_DATA)
+        if "label" in split.retain[0] or split.retain.has_column("label"):
+            have.add(Need.RETAIN_LABELS)
+    return frozenset(have | getattr(unlearner, "supplies", frozenset()))

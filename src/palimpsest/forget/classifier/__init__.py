@@ -1,0 +1,1 @@
+"""Unlearning for classifiers, one file per published system."""

@@ -1,0 +1,161 @@
+"""Ordinary training, and the recipe that a retraining repeats."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from palimpsest.core.errors import InvalidHyperparameter, NonFiniteLoss
+from palimpsest.core.records import Records
+from palimpsest.core.runtime import Runtime
+from palimpsest.core.task import Task
+from palimpsest.parts.reinitialise import check_finite
+
+RECIPE_ATTRIBUTE = "palimpsest_recipe"
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How a model is trained; `retrain` repeats it without the forget records.
+
+    Attributes:
+        epochs: Passes over the data.
+        lr: Learning rate at the start.
+        batch_size: Records per step.
+        optimizer: "adam", "adamw" or "sgd".
+        momentum: Of SGD.
+        weight_decay: Of the optimizer.
+        schedule: "constant", or "cosine" to zero over all steps.
+        clip: Largest gradient norm; None does not clip.
+    """
+
+    epochs: int = 20
+    lr: float = 1e-3
+    batch_size: int = 64
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0 or self.weight_decay < 0:
+            raise InvalidHyperparameter(
+                f"epochs and batch_size must be at least 1, lr above 0, weight_decay at least 0: {self}."
+            )
+        if self.optimizer not in ("adam", "adamw", "sgd") or self.schedule not in ("constant", "cosine"):
+            raise InvalidHyperparameter(
+                f"Unknown optimizer or schedule: {self.optimizer!r}, {self.schedule!r}."
+            )
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer over the model's trainable parameters."""
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, self.lr, weight_decay=self.weight_decay)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for checkpoints and hashes."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrainingRecipe:
+        """The inverse of `to_dict`; unknown keys are refused."""
+        unknown = set(data) - {item.name for item in fields(cls)}
+        if unknown:
+            raise InvalidHyperparameter(f"A training recipe has no {sorted(unknown)}.")
+        return cls(**data)
+
+
+def train(
+    model: nn.Module,
+    records: Records,
+    task: Task,
+    epochs: int = 20,
+    seed: int = 0,
+    runtime: Runtime | None = None,
+    recipe: TrainingRecipe | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """Train a copy of a model and remember how.
+
+    Args:
+        model: Where to start; not changed.
+        records: Training records.
+        task: The domain.
+        epochs: Passes over the data.
+        seed: Of batch order and dropout.
+        runtime: Device and progress; by default this machine with `seed`.
+        recipe: A complete recipe, instead of `epochs` and `settings`.
+        **settings: Other fields of `TrainingRecipe`.
+
+    Returns:
+        The trained copy, on the runtime's device; its recipe is found by `recipe_of`.
+
+    Raises:
+        NonFinite, InvalidLabels, ModelMismatch: Before any work, if data and model do not fit.
+        NonFiniteLoss: If training diverges.
+    """
+    runtime = runtime or Runtime(seed=seed)
+    recipe = recipe or TrainingRecipe(epochs=epochs, **settings)
+    check_finite(model)
+    task.check(model, records)
+    return fit(copy.deepcopy(model), records, task, runtime, recipe)
+
+
+def fit(
+    model: nn.Module, records: Records, task: Task, runtime: Runtime, recipe: TrainingRecipe
+) -> nn.Module:
+    """The training loop, in place; for callers that own the model."""
+    model = runtime.place(model)
+    optimizer = recipe.build_optimizer(model)
+    steps = recipe.epochs * -(-len(records) // recipe.batch_size)
+    schedule = (
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if recipe.schedule == "cosine" else None
+    )
+    order = runtime.generator("training order")
+    model.train()
+    with runtime.seeded("training"):
+        for _ in runtime.track(range(recipe.epochs), "training"):
+            for batch in runtime.batches(records, task, recipe.batch_size, shuffle=order):
+                if len(batch["id"]) < 2 and len(records) > 1:
+                    continue  # batch norm has no statistics of a single record
+                loss = task.loss_per_example(model, batch).mean()
+                step(model, optimizer, loss, batch, recipe.clip)
+                if schedule is not None:
+                    schedule.step()
+    model.eval()
+    setattr(model, RECIPE_ATTRIBUTE, recipe)
+    return model
+
+
+def step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    batch: dict[str, Any],
+    clip: float | None = None,
+) -> None:
+    """One descent step on a scalar loss.
+
+    Raises:
+        NonFiniteLoss: If the loss is NaN or Inf, naming records of the batch; nothing is applied.
+    """
+    if not torch.isfinite(loss):
+        raise NonFiniteLoss(f"The loss became {loss.item()} on a batch with records {batch['id'][:3]}.")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+
+
+def recipe_of(model: nn.Module) -> TrainingRecipe | None:
+    """The recipe that `train` left on a model, or None."""
+    return getattr(model, RECIPE_ATTRIBUTE, None)
