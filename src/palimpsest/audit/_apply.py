@@ -76,7 +76,7 @@ def audit(
     for name in AUDITS.names():
         if name not in ran:
             findings.append(_not_run(name, "not asked for"))
-    judgment = judge(findings)
+    judgment = judge(findings, len(split.forget))
     known = {"request": split.description, **{f"n_{name}": len(part) for name, part in split.parts.items()}}
     return AuditReport(
         judgment.verdict, judgment.reasons, tuple(findings), series, {**known, **(facts or {})}

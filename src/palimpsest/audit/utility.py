@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from palimpsest.core.auditing import audit
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
 from palimpsest.core.finding import Finding, Outcome, Row
 from palimpsest.core.intervals import clopper_pearson, mean_interval
-from palimpsest.core.scale import judged
+from palimpsest.core.scale import SEED_SPREAD, judged
 
 
 @audit("utility", code="A1", tasks=("classification",))
@@ -40,6 +40,7 @@ class Utility:
             if chosen.any():
                 findings.append(_accuracy(evidence, name, part, chosen, meaning))
         findings.append(_probability(evidence))
+        findings.extend(_worst_class(evidence))
         return Outcome(tuple(findings), {"per_class": tuple(_per_class(evidence))})
 
 
@@ -79,7 +80,11 @@ def _accuracy(evidence: Evidence, name: str, part: str, chosen: NDArray[np.bool_
         original=rate.get(ORIGINAL),
         controls=tuple(rate[role] for role in evidence.control_roles),
     )
-    return judged(finding, floor=1 / n) if meaning == "knowledge" else finding
+    return (
+        judged(replace(finding, bears="outputs"), floor=1 / n, prior=SEED_SPREAD)
+        if meaning == "knowledge"
+        else replace(finding, bears="utility")
+    )
 
 
 def _probability(evidence: Evidence) -> Finding:
@@ -96,9 +101,57 @@ def _probability(evidence: Evidence) -> Finding:
             more_is="knowledge",
             original=float(values[ORIGINAL].mean()) if ORIGINAL in values else None,
             controls=tuple(float(values[role].mean()) for role in evidence.control_roles),
+            bears="outputs",
             note="mean probability of the true label",
-        )
+        ),
+        prior=SEED_SPREAD,
     )
+
+
+def _worst_class(evidence: Evidence) -> list[Finding]:
+    """The largest loss of accuracy within one retained class, against the lower of original and controls."""
+    parts = [part for part in ("retain", "test") if evidence.has(part)]
+    if not parts or not evidence.controls:
+        return []
+    kept = {part: _group(evidence, part, False) for part in parts}
+    labels = np.concatenate([evidence.labels(part)[kept[part]] for part in parts])
+    classes, index = np.unique(labels, return_inverse=True)
+    if not len(classes):
+        return []
+    counts = np.bincount(index)
+    rates = {
+        role: np.bincount(
+            index, np.concatenate([correct(evidence, role, part)[kept[part]] for part in parts])
+        )
+        / counts
+        for role in evidence.roles
+    }
+    controls = np.stack([rates[role] for role in evidence.control_roles])
+
+    def change(rate: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+        reference = others.mean(0)
+        return rate - (np.minimum(reference, rates[ORIGINAL]) if ORIGINAL in rates else reference)
+
+    changes = change(rates[UNLEARNED], controls)
+    left_out = [
+        float(change(controls[i], np.delete(controls, i, 0)).min())
+        for i in range(len(controls))
+        if len(controls) > 1
+    ]
+    worst = int(changes.argmin())
+    return [
+        Finding(
+            "utility",
+            "worst_class_change",
+            float(changes[worst]),
+            n=int(counts[worst]),
+            ideal=0.0,
+            more_is="utility",
+            controls=tuple(left_out) or (0.0,),
+            bears="utility",
+            note=f"class {classes[worst]}",
+        )
+    ]
 
 
 def _per_class(evidence: Evidence) -> list[Row]:

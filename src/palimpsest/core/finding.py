@@ -47,6 +47,9 @@ class Finding:
         valid: Whether original and controls differ clearly more than controls among each other;
             None where no K is defined.
         judgement: What it says by itself.
+        bears: What it tells the verdict: "outputs" (the forgotten as seen from outside), "inside"
+            (still encoded, or comes back), "lineage" (closeness to the original, which knowledge implies
+            but which does not imply knowledge), "utility"; empty for information only.
         note: Budget, reason for being invalid or not run, and the like.
     """
 
@@ -65,6 +68,7 @@ class Finding:
     k_high: float | None = None
     valid: bool | None = None
     judgement: Judgement = Judgement.INFORMATION
+    bears: Literal["outputs", "inside", "lineage", "utility", ""] = ""
     note: str = ""
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -87,7 +87,7 @@ class Runtime:
         return replace(self, seed=seed)
 
     @contextmanager
-    def limited(self) -> Iterator[None]:
+    def limited(self) -> Generator[None]:
         """Torch limited to `threads` CPU threads, restored after."""
         before = torch.get_num_threads()
         if self.threads is not None:
@@ -145,7 +145,7 @@ class Runtime:
         for batch in loader:
             yield self.to_device(batch)
 
-    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Generator[T]:
         """The items, with a progress bar if this runtime shows progress."""
         if not self.progress:
             yield from items

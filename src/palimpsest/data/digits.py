@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
@@ -17,7 +18,7 @@ def digits() -> Records:
     """
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16.0
-    labels = torch.from_numpy(bunch.target).long()
+    pixels, targets = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.asarray(pixels)).float().reshape(-1, 1, 8, 8) / 16.0
+    labels = torch.from_numpy(np.asarray(targets)).long()
     return Records(TensorDataset(images, labels), ids=[f"digit-{index:04d}" for index in range(len(labels))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,3 +28,20 @@ def load_data(name: str, **settings: Any) -> Records:
         return factory(**settings)
     except TypeError as problem:
         raise InvalidHyperparameter(f"Data set '{name}': {problem}") from problem
+
+
+def parse_data(text: str, **settings: Any) -> Records:
+    """The records that a short form names: "digits", "image-folder:photos", "arrays:table.npz".
+
+    What follows the colon is the data set's first setting (its folder or file).
+
+    Raises:
+        UnknownName: If there is no such data set; suggests the nearest.
+    """
+    name, _, place = text.partition(":")
+    if place:
+        first = next(iter(inspect.signature(DATASETS.get(name)).parameters), None)
+        if first is None:
+            raise InvalidHyperparameter(f"Data set '{name}' takes no '{place}' after the colon.")
+        settings = {first: place, **settings}
+    return load_data(name, **settings)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,14 +36,13 @@ class Captured:
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Leaf modules that own a weight of two or more dimensions, in order of definition, no embeddings."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.dim() >= 2
-        and not isinstance(module, nn.Embedding)
-        and not any(True for _ in module.children())
-    }
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        leaf = not any(True for _ in module.children())
+        if leaf and isinstance(weight, Tensor) and weight.dim() >= 2 and not isinstance(module, nn.Embedding):
+            found[name] = module
+    return found
 
 
 def watched_layers(model: nn.Module, most: int = MOST_LAYERS) -> list[str]:
@@ -72,7 +71,7 @@ def pool(activation: Tensor, width: int = LAYER_WIDTH) -> Float[Tensor, "batch d
 @contextmanager
 def capture(
     model: nn.Module, layers: Sequence[str] | None = None, head: str | None = None
-) -> Iterator[Captured]:
+) -> Generator[Captured]:
     """Watch a model's forward passes.
 
     Args:
@@ -98,7 +97,7 @@ def capture(
             linear_ran = linear_ran or is_linear
             seen.head, seen.head_input = name, pool(inputs[0].detach(), inputs[0][0].numel())
 
-    def keep_output(name: str, output: object) -> None:
+    def keep_output(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor):
             seen.layers.pop(name, None)
@@ -106,16 +105,10 @@ def capture(
 
     handles = []
     for name in watched_layers(model) if layers is None else layers:
-        handles.append(
-            modules[name].register_forward_hook(lambda _m, _i, output, name=name: keep_output(name, output))
-        )
+        handles.append(modules[name].register_forward_hook(partial(keep_output, name)))
     heads = {head: modules[head]} if head else weight_layers(model)
     for name, module in heads.items():
-        handles.append(
-            module.register_forward_pre_hook(
-                lambda module, inputs, name=name: keep_input(name, module, inputs)
-            )
-        )
+        handles.append(module.register_forward_pre_hook(partial(keep_input, name)))
     try:
         yield seen
     finally:
@@ -123,14 +116,14 @@ def capture(
             handle.remove()
 
 
-def features_with_graph(model: nn.Module, run: object, head: str | None = None) -> Tensor:
+def features_with_graph(model: nn.Module, run: Callable[[], object], head: str | None = None) -> Tensor:
     """Input of the head during `run()`, with its graph, for methods that train on features."""
     kept: list[Tensor] = []
     modules = dict(model.named_modules())
     name = head or head_name(model)
     handle = modules[name].register_forward_pre_hook(lambda _m, inputs: kept.append(inputs[0]))
     try:
-        run()  # type: ignore[operator]
+        run()
     finally:
         handle.remove()
     return pool(kept[-1], kept[-1][0].numel())
@@ -143,20 +136,3 @@ def head_name(model: nn.Module) -> str:
         raise UnknownName("layer", "head", dict(model.named_modules()))
     linear = [name for name, module in layers.items() if isinstance(module, nn.Linear)]
     return (linear or list(layers))[-1]
-
-
-def module_of(model: nn.Module, name: str) -> nn.Module:
-    """The module called `name`.
-
-    Raises:
-        UnknownName: If there is none; suggests the nearest.
-    """
-    modules = dict(model.named_modules())
-    if name not in modules:
-        raise UnknownName("layer", name, modules)
-    return modules[name]
-
-
-def flat_parameters(model: nn.Module) -> Float[Tensor, " parameters"]:
-    """All parameters as one vector."""
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
