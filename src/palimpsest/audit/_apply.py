@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -52,19 +53,33 @@ def audit(
         UnknownName: For an unknown audit.
         NonFinite, InvalidLabels, ModelMismatch: If models and records do not fit, before any work.
     """
+    if retrained is None:
+        controls: list[nn.Module] = []
+    else:
+        controls = [retrained] if isinstance(retrained, nn.Module) else list(retrained)
     runtime = runtime or Runtime(seed=seed)
-    controls = (
-        [] if retrained is None else [retrained] if isinstance(retrained, nn.Module) else list(retrained)
-    )
+    times = dict(seconds or {})
+    evidence = Evidence(unlearned, split, task, runtime, original, controls, times, peak_bytes)
+    return examine(evidence, audits, facts)
+
+
+def examine(
+    evidence: Evidence,
+    audits: Sequence[str | Audit] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> AuditReport:
+    """Audit what an `Evidence` holds; `Evidence.judging` lets several models share one set of controls.
+
+    Args and errors are those of `audit`.
+    """
     chosen = _chosen(audits)
-    evidence = Evidence(unlearned, split, task, runtime, original, controls, dict(seconds or {}), peak_bytes)
+    split = evidence.split
     for role in evidence.roles:
-        check_finite(evidence.model(role), f"{role} model")
-        for records in split.parts.values():
-            task.check(runtime.place(evidence.model(role)), records)
+        model = evidence.runtime.place(evidence.model(role))
+        evidence.remember("checked", partial(_check, model, role, evidence), role)
     findings: list[Finding] = []
     series: dict[str, tuple[Row, ...]] = {}
-    for item in runtime.track(chosen, "auditing"):
+    for item in evidence.runtime.track(chosen, "auditing"):
         missing = _missing(item, evidence)
         if missing:
             findings.append(_not_run(item.card.name, missing))
@@ -73,14 +88,18 @@ def audit(
         findings.extend(outcome.findings)
         series.update(outcome.series)
     ran = {item.card.name for item in chosen}
-    for name in AUDITS.names():
-        if name not in ran:
-            findings.append(_not_run(name, "not asked for"))
+    findings.extend(_not_run(name, "not asked for") for name in AUDITS.names() if name not in ran)
     judgment = judge(findings, len(split.forget))
-    known = {"request": split.description, **{f"n_{name}": len(part) for name, part in split.parts.items()}}
-    return AuditReport(
-        judgment.verdict, judgment.reasons, tuple(findings), series, {**known, **(facts or {})}
-    )
+    sizes = {f"n_{name}": len(part) for name, part in split.parts.items()}
+    known = {"request": split.description, "controls": len(evidence.controls), **sizes, **(facts or {})}
+    return AuditReport(judgment.verdict, judgment.reasons, tuple(findings), series, known)
+
+
+def _check(model: nn.Module, role: str, evidence: Evidence) -> bool:
+    check_finite(model, f"{role} model")
+    for records in evidence.split.parts.values():
+        evidence.task.check(model, records)
+    return True
 
 
 def _chosen(audits: Sequence[str | Audit] | None) -> list[Audit]:

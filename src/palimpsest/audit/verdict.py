@@ -18,7 +18,7 @@ counts only if its probe is valid, that is, if original and retrained models dif
 8. Where the outputs show no difference between original and retrained at all (most random requests), the
    lineage decides: **intact** if the model is as close to the original as K of `UNTOUCHED` in every such
    finding, **incomplete** if closer than retrained models are in every such finding.
-9. **removed**, if at least one valid finding looked inside; else **inconclusive**.
+9. **removed**, if valid findings looked at the outputs (or lineage) and inside; else **inconclusive**.
 
 The thresholds are below, in one place. `tests/audit/test_verdict.py` shows how often they are right.
 """
@@ -107,6 +107,10 @@ def judge(findings: Sequence[Finding], records: int) -> Judgment:
         verdict = _by_lineage(lineage)
         if verdict:
             return verdict
+    if not outputs and not lineage:
+        return _say(
+            Verdict.INCONCLUSIVE, "No valid finding tells what the outputs show of the forget records."
+        )
     looked = inside or lineage
     if not looked:
         return _say(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Observation, Task
 
+T = TypeVar("T")
 ORIGINAL, UNLEARNED = "original", "unlearned"
 
 
@@ -48,7 +49,7 @@ class Evidence:
     limit: int = 5000
     _observed: dict[tuple[str, str], Observation] = field(default_factory=dict[tuple[str, str], Observation])
     _parts: dict[str, Records] = field(default_factory=dict[str, Records])
-    _memory: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    _memory: dict[tuple[str, Any], Any] = field(default_factory=dict[tuple[str, Any], Any])
 
     @property
     def control_roles(self) -> list[str]:
@@ -113,11 +114,28 @@ class Evidence:
         """Labels of a part, [records], aligned with `observe`."""
         return self.records(part).column("label")
 
-    def remember(self, key: Any, compute: Any) -> Any:
-        """The value kept under `key`, computed at the first call: for what several audits share."""
-        if key not in self._memory:
-            self._memory[key] = compute()
-        return self._memory[key]
+    def remember(self, key: Any, compute: Callable[[], T], role: str = UNLEARNED) -> T:
+        """The value kept under `key` for a role, computed at the first call.
+
+        For what several audits share, and for measurements of the original and the controls that stay the
+        same when another model of the same request is judged (`judging`).
+        """
+        if (role, key) not in self._memory:
+            self._memory[role, key] = compute()
+        return self._memory[role, key]
+
+    def judging(self, unlearned: nn.Module, **changes: Any) -> Evidence:
+        """Evidence for another unlearned model, sharing all that is known of original and controls.
+
+        Args:
+            unlearned: The model to judge now.
+            **changes: Other fields to set (`seconds`, `peak_bytes`).
+        """
+        kept = {key: value for key, value in self._observed.items() if key[0] != UNLEARNED}
+        memory = {key: value for key, value in self._memory.items() if key[0] != UNLEARNED}
+        return replace(
+            self, unlearned=unlearned, _observed=kept, _parts=self._parts, _memory=memory, **changes
+        )
 
     def free(self) -> None:
         """Forget all passes (memory), keep the models."""

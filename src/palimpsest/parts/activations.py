@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -136,3 +137,20 @@ def head_name(model: nn.Module) -> str:
         raise UnknownName("layer", "head", dict(model.named_modules()))
     linear = [name for name, module in layers.items() if isinstance(module, nn.Linear)]
     return (linear or list(layers))[-1]
+
+
+def module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module called `name`.
+
+    Raises:
+        UnknownName: If there is none; suggests the nearest.
+    """
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise UnknownName("layer", name, modules)
+    return modules[name]
+
+
+def flat_parameters(model: nn.Module) -> Float[Tensor, " parameters"]:
+    """All parameters as one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
