@@ -111,8 +111,19 @@ class Evidence:
         return self._observed[key]
 
     def labels(self, part: str) -> np.ndarray[Any, Any]:
-        """Labels of a part, [records], aligned with `observe`."""
-        return self.records(part).column("label")
+        """Labels of a part, [records], aligned with `observe`.
+
+        From the "label" column, or, where there is none, from the field that the task calls its label.
+        """
+        records = self.records(part)
+        if records.has_column("label"):
+            return records.column("label")
+        return self.remember(("labels", part), lambda: self._read_labels(records), "records")
+
+    def _read_labels(self, records: Records) -> np.ndarray[Any, Any]:
+        name = getattr(self.task, "label", "label")
+        batches = self.runtime.batches(records, self.task)
+        return np.concatenate([torch.as_tensor(batch[name]).cpu().numpy() for batch in batches])
 
     def remember(self, key: Any, compute: Callable[[], T], role: str = UNLEARNED) -> T:
         """The value kept under `key` for a role, computed at the first call.

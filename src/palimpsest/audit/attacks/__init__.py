@@ -1,0 +1,1 @@
+"""Audits that change copies of the models: does the forgotten come back?"""

@@ -1,0 +1,133 @@
+"""Bad teacher: learn from a random network on the forget set and from the original model on the rest."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from palimpsest.core.errors import InvalidHyperparameter, MissingNeed
+from palimpsest.core.needs import Need
+from palimpsest.core.records import Records
+from palimpsest.core.runtime import Runtime
+from palimpsest.core.split import ForgetSplit
+from palimpsest.core.task import Task
+from palimpsest.core.unlearner import Paper, check_range, unlearner
+from palimpsest.parts.distillation import kl_divergence
+from palimpsest.parts.pairing import mixed
+from palimpsest.parts.parameters import trainable
+from palimpsest.parts.reinitialise import reinitialised
+from palimpsest.parts.training import TrainingRecipe, step
+
+
+@unlearner(
+    "bad-teacher",
+    needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
+    tasks=("classification",),
+    paper=Paper(
+        "Can Bad Teaching Induce Forgetting? Unlearning in Deep Networks Using an Incompetent Teacher",
+        "AAAI 2023",
+        "2205.08096",
+    ),
+)
+@dataclass(frozen=True)
+class BadTeacher:
+    """Copy a randomly initialised network on forget records, the original model on retained ones.
+
+    The student starts from the original weights and learns on a shuffled mixture of the forget set and a
+    random subset of the retained set; no labels are used. The incompetent teacher is the same
+    architecture with every parameter drawn anew and every running statistic reset; it and the original
+    are in evaluation mode. The result answers forgotten records at random, which is more than forgetting
+    where a retrained model would still classify them (random forgetting), so audit for over-forgetting.
+
+    The defaults suit small data (the digits), on which the published settings make two steps: those are
+    lr 1e-4, epochs 1, batch_size 256 (vision transformers 128), retain_fraction 0.3, temperature 1 and
+    reduction "mean", which divides the divergence by the number of classes as well. With Adam the
+    reduction hardly matters; with SGD it scales the learning rate.
+
+    Attributes:
+        epochs: Passes over the mixture.
+        lr: Learning rate.
+        batch_size: Records per step.
+        retain_fraction: Share of the retained records in the mixture, in (0, 1], drawn once.
+        temperature: T of both teachers and the student; no factor T squared.
+        reduction: "batchmean", or "mean" over records and classes.
+        optimizer: "adam", "adamw" or "sgd".
+        weight_decay: Of the optimizer.
+    """
+
+    epochs: int = 3
+    lr: float = 1e-3
+    batch_size: int = 64
+    retain_fraction: float = 0.3
+    temperature: float = 1.0
+    reduction: Literal["batchmean", "mean"] = "batchmean"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("retain_fraction", self.retain_fraction, 0, 1, open_low=True)
+        check_range("temperature", self.temperature, 0, float("inf"), open_low=True)
+        if self.reduction not in ("batchmean", "mean"):
+            raise InvalidHyperparameter(f"reduction must be 'batchmean' or 'mean', not {self.reduction!r}.")
+        self._recipe()
+
+    def unlearn(self, model: nn.Module, split: ForgetSplit, task: Task, runtime: Runtime) -> nn.Module:
+        """The student after the last epoch."""
+        if split.retain is None:
+            raise MissingNeed("The bad teacher needs the retained records, or a sample of them.")
+        trainable(model)  # a model that cannot move is an error before any work
+        mixture = split.forget.union(self._sample(split.retain, runtime))
+        student = runtime.place(copy.deepcopy(model)).train()
+        full_teacher = runtime.place(copy.deepcopy(model)).eval()
+        # A stream of its own: a retraining under the same seed must not start from this teacher's weights.
+        own = runtime.with_seed(runtime.derive("bad teacher"))
+        bad_teacher = runtime.place(reinitialised(model, own)).eval()
+        optimizer = self._recipe().build_optimizer(student)
+        order = runtime.generator("bad teacher order")
+        with runtime.seeded("bad teacher"):
+            for _ in runtime.track(range(self.epochs), "bad teacher"):
+                batches = mixed(mixture, split.forget, task, runtime, self.batch_size, order)
+                for batch, is_forget in batches:
+                    with torch.no_grad():
+                        full, bad = task.logits(full_teacher, batch), task.logits(bad_teacher, batch)
+                    logits = task.logits(student, batch)
+                    loss = bad_teacher_loss(logits, full, bad, is_forget, self.temperature, self.reduction)
+                    step(student, optimizer, loss, batch)
+        return student
+
+    def _sample(self, retain: Records, runtime: Runtime) -> Records:
+        count = max(1, int(self.retain_fraction * len(retain)))
+        chosen = torch.randperm(len(retain), generator=runtime.generator("bad teacher sample"))[:count]
+        return retain.select(chosen.sort().values.numpy())
+
+    def _recipe(self) -> TrainingRecipe:
+        return TrainingRecipe(
+            self.epochs, self.lr, self.batch_size, self.optimizer, weight_decay=self.weight_decay
+        )
+
+
+def bad_teacher_loss(
+    student_logits: Float[Tensor, "batch classes"],
+    full_teacher_logits: Float[Tensor, "batch classes"],
+    bad_teacher_logits: Float[Tensor, "batch classes"],
+    is_forget: Bool[Tensor, " batch"],
+    temperature: float = 1.0,
+    reduction: Literal["batchmean", "mean"] = "mean",
+) -> Float[Tensor, ""]:
+    """KL(teacher || student), the teacher being the bad one on forget rows and the original elsewhere.
+
+    Args:
+        student_logits: Of the model that unlearns.
+        full_teacher_logits: Of the original model.
+        bad_teacher_logits: Of the randomly initialised model.
+        is_forget: Rows that are to be forgotten.
+        temperature: Above 0; the loss has no factor T squared.
+        reduction: "mean" divides by batch x classes (published code), "batchmean" by batch.
+    """
+    teacher_logits = torch.where(is_forget[:, None], bad_teacher_logits, full_teacher_logits)
+    return kl_divergence(student_logits, teacher_logits, temperature, reduction)
