@@ -11,12 +11,18 @@ from palimpsest.core.records import Records
 from palimpsest.core.split import ForgetSplit
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, records: Records | None) -> float:
-    """Share of records in memory that a model classifies rightly."""
+def tensors_of(records: Records | None) -> dict[str, torch.Tensor]:
+    """The stacked fields of records that lie in memory."""
     assert records is not None
     tensors = records.tensors
     assert tensors is not None
+    return tensors
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, records: Records | None) -> float:
+    """Share of records in memory that a model classifies rightly."""
+    tensors = tensors_of(records)
     return float((model(tensors["input"]).argmax(1) == tensors["label"]).float().mean())
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tests.forget.measuring import accuracy, kept_and_gone
+from tests.forget.measuring import accuracy, kept_and_gone, tensors_of
 
 import palimpsest as pal
 from palimpsest.core.errors import InvalidHyperparameter
@@ -39,7 +39,7 @@ def test_the_anchor_holds_the_weights(digits_model, class_request, digits_task):
 
 def test_one_plain_step_is_descent_on_the_mean_loss(digits, digits_model, digits_task):
     request = pal.split(digits.select(range(60)), pal.by_column("label", 3), test=0, holdout=0)
-    tensors = request.retain.tensors
+    tensors = tensors_of(request.retain)
     loss = torch.nn.functional.cross_entropy(digits_model(tensors["input"]), tensors["label"])
     gradients = torch.autograd.grad(loss, list(digits_model.parameters()))
     settings = {"epochs": 1, "batch_size": 1000, "lr": 0.1, "weight_decay": 0.0}

@@ -6,7 +6,8 @@ import palimpsest as pal
 from palimpsest.core.errors import InvalidHyperparameter
 from palimpsest.core.needs import Need
 from palimpsest.core.split import ForgetSplit
-from palimpsest.forget.classifier.gradient_ascent import GradientAscent, whole_classes
+from palimpsest.core.unlearner import UNLEARNERS
+from palimpsest.forget.classifier.gradient_ascent import whole_classes
 
 
 def ascend(model, request, task, **settings):
@@ -72,7 +73,7 @@ def test_the_gradient_is_clipped_to_its_norm(digits_model, class_request, digits
 
 
 def test_it_needs_no_retained_records(digits_model, class_request, digits_task):
-    assert GradientAscent.card.needs == {Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS}
+    assert UNLEARNERS.get("gradient-ascent").card.needs == {Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS}
     unlearned = ascend(digits_model, ForgetSplit(class_request.forget), digits_task)
     assert any(mask.any() for mask in changed(digits_model, unlearned).values())
     assert accuracy(unlearned, class_request.forget) <= 0.3

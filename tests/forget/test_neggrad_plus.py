@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tests.forget.measuring import accuracy, fingerprint, kept_and_gone
+from tests.forget.measuring import accuracy, fingerprint, kept_and_gone, tensors_of
 from torch.nn import functional as F
 
 import palimpsest as pal
@@ -56,7 +56,7 @@ def test_a_smaller_beta_forgets_more(digits_model, class_request, digits_task):
 
 def test_one_step_is_that_of_the_formula_with_anchor(digits, digits_model, digits_task):
     request = pal.split(digits.select(range(100)), pal.by_column("label", 3), test=0, holdout=0)
-    kept, gone = request.retain.tensors, request.forget.tensors
+    kept, gone = tensors_of(request.retain), tensors_of(request.forget)
     retain = F.cross_entropy(digits_model(kept["input"]), kept["label"])
     forget = F.cross_entropy(digits_model(gone["input"]), gone["label"])
     gradients = torch.autograd.grad(0.8 * retain - 0.2 * forget, list(digits_model.parameters()))

@@ -80,7 +80,7 @@ def test_a_pattern_that_nothing_fits_is_refused_with_the_nearest_name():
 
 def test_freezing_is_undone_even_after_an_error():
     model = build_model("small_cnn", (1, 8, 8), 10, seed=0)
-    model.conv1.bias.requires_grad_(False)
+    model.get_parameter("conv1.bias").requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(RuntimeError), only_trainable(model, ["head.weight", "conv1.bias"]) as moving:
         assert list(moving) == ["conv1.bias", "head.weight"]

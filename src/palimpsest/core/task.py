@@ -66,6 +66,6 @@ class Task(Protocol):
         """Logits, losses, features and layers of a batch in one forward pass, without gradients."""
         ...
 
-    def check(self, model: nn.Module, records: Records) -> None:
-        """Raise if the model's outputs or the records do not fit the task."""
+    def check(self, model: nn.Module, records: Records, labels: bool = True) -> None:
+        """Raise if the model's outputs or the records do not fit the task; labels may be left out."""
         ...

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from palimpsest.core.errors import NonFiniteLoss
+from palimpsest.core.errors import ModelMismatch, NonFiniteLoss
 from palimpsest.core.needs import Need, require
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
@@ -48,11 +48,14 @@ def forget(
     """
     unlearner = method if isinstance(method, Unlearner) else build_unlearner(method, settings)
     runtime = runtime or Runtime(seed=seed)
+    card = unlearner.card
+    if "any" not in card.tasks and task.name not in card.tasks:
+        raise ModelMismatch(f"Method '{card.name}' works for {', '.join(card.tasks)}, not for {task.name}.")
     require(unlearner.card.name, unlearner.card.needs, needs_met(model, split, unlearner))
     check_finite(model)
-    for part in (split.forget, split.retain):
-        if part is not None:
-            task.check(runtime.place(model), part)
+    task.check(runtime.place(model), split.forget, labels=Need.FORGET_LABELS in card.needs)
+    if split.retain is not None:
+        task.check(model, split.retain, labels=Need.RETAIN_LABELS in card.needs)
     recipe = recipe_of(model)
     unlearned = unlearner.unlearn(model, split, task, runtime)
     for name, tensor in unlearned.state_dict().items():

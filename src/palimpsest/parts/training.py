@@ -13,6 +13,7 @@ from palimpsest.core.errors import InvalidHyperparameter, NonFiniteLoss
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.task import Task
+from palimpsest.parts.parameters import trainable
 from palimpsest.parts.reinitialise import check_finite
 
 RECIPE_ATTRIBUTE = "palimpsest_recipe"
@@ -43,9 +44,11 @@ class TrainingRecipe:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0 or self.weight_decay < 0:
+        positive = 0 < self.lr < float("inf") and 0 <= self.momentum < 1 and self.weight_decay >= 0
+        if self.epochs < 1 or self.batch_size < 1 or not positive:
             raise InvalidHyperparameter(
-                f"epochs and batch_size must be at least 1, lr above 0, weight_decay at least 0: {self}."
+                "epochs and batch_size must be at least 1, lr above 0 and finite, momentum in [0, 1), "
+                f"weight_decay at least 0: {self}."
             )
         if self.optimizer not in ("adam", "adamw", "sgd") or self.schedule not in ("constant", "cosine"):
             raise InvalidHyperparameter(
@@ -54,7 +57,7 @@ class TrainingRecipe:
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over the model's trainable parameters."""
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = list(trainable(model).values())
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
@@ -124,7 +127,7 @@ def fit(
     with runtime.seeded("training"):
         for _ in runtime.track(range(recipe.epochs), "training"):
             for batch in runtime.batches(records, task, recipe.batch_size, shuffle=order):
-                if len(batch["id"]) < 2 and len(records) > 1:
+                if len(batch["id"]) == 1 and min(recipe.batch_size, len(records)) > 1:
                     continue  # batch norm has no statistics of a single record
                 loss = task.loss_per_example(model, batch).mean()
                 step(model, optimizer, loss, batch, recipe.clip)

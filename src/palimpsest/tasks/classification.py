@@ -78,7 +78,7 @@ class Classification:
             logits = self.logits(model, batch)
         return Observation(logits, self.loss_of_logits(logits, batch), seen.head_input, dict(seen.layers))
 
-    def check(self, model: nn.Module, records: Records) -> None:
+    def check(self, model: nn.Module, records: Records, labels: bool = True) -> None:
         """Check labels, inputs and the model's outputs on a first batch, before any work.
 
         Raises:
@@ -87,6 +87,7 @@ class Classification:
             ModelMismatch: If outputs are not a finite tensor [batch, classes].
         """
         batch = records.batch(np.arange(min(8, len(records))), self.collate)
+        self._check_fields(batch, labels)
         self._check_inputs(batch, records)
         place = next(iter(model.parameters()), torch.empty(0)).device
         moved = {key: value.to(place) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -102,22 +103,28 @@ class Classification:
                 f"Classification needs logits of shape [batch, classes]; the model gave {shape} for a batch of "
                 f"{len(batch['id'])}."
             )
+        if logits.shape[1] < 2:
+            raise ModelMismatch(f"Classification needs at least 2 classes; the model gives {logits.shape[1]} logit.")
         if torch.isnan(logits).any():
             raise ModelMismatch("The model gives NaN logits.")
         if self.classes is not None and logits.shape[1] != self.classes:
             raise ModelMismatch(
                 f"The task has {self.classes} classes, the model gives {logits.shape[1]} logits."
             )
-        self._check_labels(records, batch, logits.shape[1])
+        if labels:
+            self._check_labels(records, batch, logits.shape[1])
 
-    def _check_inputs(self, batch: Batch, records: Records) -> None:
-        for name in (self.input, self.label):
+    def _check_fields(self, batch: Batch, labels: bool) -> None:
+        for name in (self.input, self.label) if labels else (self.input,):
             if name not in batch:
                 kind = InvalidLabels if name == self.label else ModelMismatch
                 have = sorted(set(batch) - {"id", "index"})
+                role = "label" if name == self.label else "input"
                 raise kind(
-                    f"Records have no field '{name}' (they have {have}): set Classification({name}=...)."
+                    f"Records have no field '{name}' (they have {have}): set Classification({role}=...)."
                 )
+
+    def _check_inputs(self, batch: Batch, records: Records) -> None:
         tensors = records.tensors
         inputs = tensors[self.input] if tensors else batch[self.input]
         if isinstance(inputs, Tensor) and inputs.is_floating_point() and not torch.isfinite(inputs).all():

@@ -47,8 +47,9 @@ class SSD:
 
     Which alpha suits depends on the Fisher: with per-sample squares I_forget / I_full <= |D| / |D_f|,
     so an alpha above that selects nothing; with batch means of shuffled batches the ratio can be far
-    larger. On the digits (small CNN, one class) 30 keeps more than the published 10; a per-sample
-    Fisher wants 2 to 3.
+    larger. No alpha suits every class: over the ten digits (small CNN, one class each) the published 10
+    forgets all ten and keeps between 0.17 and 0.97 of the test accuracy on the others; 30 keeps 0.94 or
+    more for nine, and forgets eight. A per-sample Fisher wants 2 to 3.
 
     Deviations: the pass over D is shuffled by default (`shuffle`).
 

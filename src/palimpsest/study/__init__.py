@@ -1,0 +1,1 @@
+"""Studies: methods x requests x seeds, resumable, in one process or many."""
