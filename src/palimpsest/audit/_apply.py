@@ -86,7 +86,8 @@ def examine(
             continue
         outcome = item.run(evidence)
         findings.extend(outcome.findings)
-        series.update(outcome.series)
+        for name, rows in outcome.series.items():
+            series[name] = (*series.get(name, ()), *rows)
     ran = {item.card.name for item in chosen}
     findings.extend(_not_run(name, "not asked for") for name in AUDITS.names() if name not in ran)
     judgment = judge(findings, len(split.forget))

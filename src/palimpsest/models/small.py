@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 from jaxtyping import Float
@@ -25,7 +26,7 @@ class MLP(nn.Module):
     def __init__(self, input_shape: tuple[int, ...], classes: int, width: int = 128, depth: int = 2):
         super().__init__()
         sizes = [prod(input_shape), *[width] * depth]
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:

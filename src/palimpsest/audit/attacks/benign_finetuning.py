@@ -19,6 +19,7 @@ from palimpsest.core.auditing import Cost, audit
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Finding, Outcome
+from palimpsest.core.records import Batch
 from palimpsest.core.unlearner import check_range
 from palimpsest.parts.training import recipe_of
 
@@ -69,8 +70,7 @@ class BenignFinetuning:
 
     def run(self, evidence: Evidence) -> Outcome:
         """Forget accuracy at the end and over the steps, gain, and retain accuracy at the end."""
-        random = evidence.runtime.numpy("benign fine-tuning")
-        batches = step_batches(evidence, evidence.records("retain"), self.steps, self.batch_size, random)
+        batches = self.batches(evidence)
         watched = Watched.part(evidence, "forget", self.limit)
         utility = Watched.part(evidence, "retain", self.limit)
 
@@ -90,6 +90,11 @@ class BenignFinetuning:
         findings = self._findings(evidence, curves, rates)
         rows = [row for role, curve in curves.items() for row in curve_rows("benign", role, [curve])]
         return Outcome(tuple(findings), {"relearning": tuple(rows)})
+
+    def batches(self, evidence: Evidence) -> list[Batch]:
+        """The retained records of the steps, the same for every model."""
+        random = evidence.runtime.numpy("benign fine-tuning")
+        return step_batches(evidence, evidence.records("retain"), self.steps, self.batch_size, random)
 
     def _copy(self, evidence: Evidence, role: str) -> nn.Module:
         model = copy.deepcopy(evidence.model(role))

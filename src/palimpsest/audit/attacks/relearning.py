@@ -28,7 +28,7 @@ from palimpsest.audit.attacks.tuning import (
     tune,
 )
 from palimpsest.core.auditing import Cost, audit
-from palimpsest.core.errors import InvalidAudit
+from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
 from palimpsest.core.finding import Finding, Outcome
 from palimpsest.core.unlearner import check_range
@@ -69,6 +69,9 @@ class Relearning:
         optimizer: "adam" or "sgd".
         lr: Learning rate; None chooses it on a control.
         batch_size: Largest batch of a step.
+        head: "levelled", or "fresh": the head's rows of classes forgotten as a whole are set to zero in
+            every model and learned anew. A method that pushes an output far down relearns slowly for that
+            alone; a fresh row shows what its features still hold.
         limit: At most this many of the other forget records are measured.
     """
 
@@ -82,6 +85,7 @@ class Relearning:
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: float | None = None
     batch_size: int = 64
+    head: Literal["levelled", "fresh"] = "levelled"
     limit: int = 500
 
     def __post_init__(self) -> None:
@@ -94,6 +98,8 @@ class Relearning:
             "limit": 2,
         }.items():
             check_range(name, getattr(self, name), low, float("inf"))
+        if self.head not in ("levelled", "fresh"):
+            raise InvalidHyperparameter(f"head must be 'levelled' or 'fresh', not {self.head!r}.")
         if self.fraction is not None:
             check_range("fraction", self.fraction, 0, 0.9, open_low=True)
         if self.folds is not None:
@@ -169,7 +175,7 @@ class Relearning:
 
     def _curve(self, evidence: Evidence, role: str, draw: Draw, lr: float) -> Curve:
         model = attack_copy(evidence, role)
-        level_head(model, evidence.split.forgotten_labels, evidence.task)
+        level_head(model, evidence.split.forgotten_labels, evidence.task, self.head == "fresh")
         try:
             optimizer = self.budget.optimizer_of(model, lr)
             return tune(model, optimizer, draw.batches, draw.watched, evidence.task, self.budget)
@@ -194,7 +200,7 @@ class Relearning:
             "relearning",
             "levelled",
             result.per_record("right", slice(0, 1)),
-            "before the first step, without wrapper and with the head's bias levelled",
+            "before the first step, without wrapper and with the head's bias in range",
         )
         confidence = known(
             evidence,
@@ -216,6 +222,8 @@ class Relearning:
         reference = next(iter(evidence.control_roles), None)
         if reference is not None and result.accuracy(reference)[-1] < result.goal:
             parts.append(f"{reference} does not come to half of the original's accuracy")
+        if self.head == "fresh":
+            parts.append("the classes' rows in the head learned anew")
         if not evidence.has("retain"):
             parts.append("no retained records to go with them")
         diverged = [role for role, curves in result.curves.items() if any(curve.diverged for curve in curves)]

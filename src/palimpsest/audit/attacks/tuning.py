@@ -141,13 +141,20 @@ def choose_learning_rate(run: Callable[[float], bool], grid: Sequence[float]) ->
     return grid[low]
 
 
-def level_head(model: nn.Module, labels: Sequence[int], task: Task) -> None:
+def level_head(model: nn.Module, labels: Sequence[int], task: Task, fresh: bool = False) -> None:
     """Bring the head's biases of the given labels into the range of the other labels' biases, in place.
 
     A bias is one number that an attacker can set: a class that is silenced by it alone (-20, or -1e9) is
     not gone, and no learning rate that suits weights would bring such a number back within a budget. In a
     retrained model the bias lies near the others already. A head that is not a linear layer with a bias
     is left as it is.
+
+    Args:
+        model: A copy that may be changed.
+        labels: Of the classes that were forgotten as a whole.
+        task: Knows the head, if the user named one.
+        fresh: Also set the labels' rows of weights to zero, so that they are learned anew from the
+            features, however far the outputs were pushed away.
     """
     try:
         head = module_of(model, getattr(task, "head", None) or head_name(model))
@@ -160,3 +167,5 @@ def level_head(model: nn.Module, labels: Sequence[int], task: Task) -> None:
     if own and others:
         with torch.no_grad():
             head.bias[own] = head.bias[own].clamp(head.bias[others].min(), head.bias[others].max())
+            if fresh:
+                head.weight[own] = 0.0

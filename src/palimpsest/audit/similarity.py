@@ -1,0 +1,241 @@
+"""Similarity of representations: CKA with linear and Gaussian kernels, neighbours, matching layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter
+
+FEWEST_ROWS = 3
+"""Centred, two rows are one number up to sign: their CKA is 1 whatever they hold."""
+Features = Float[Tensor, "rows dim"]
+Gram = Float[Tensor, "rows rows"]
+
+
+def linear_cka(x: Features, y: Features, debiased: bool = False) -> float:
+    """Linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414), in [0, 1].
+
+    The feature-space form |Y'X|^2 / (|X'X| |Y'Y|) of centred features is used where it is cheaper than
+    Gram matrices; both give the same. Rows must be the same records in the same order.
+
+    Args:
+        x: Representations of one model.
+        y: Of another; the width may differ.
+        debiased: Use the unbiased estimator of HSIC (Song et al. 2012), which does not rise with the
+            width; it may be slightly negative, and needs 4 rows.
+
+    Raises:
+        InvalidAudit: For unequal or too few rows, NaN or Inf, or features that are all alike.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 3.0]])
+        >>> round(linear_cka(x, 5 * x + 1), 6)
+        1.0
+    """
+    a, b = _centred(x, y)
+    if debiased or max(a.shape[1], b.shape[1]) > len(a):
+        return _alignment(a @ a.T, b @ b.T, debiased)
+    cross = float((b.T @ a).square().sum())
+    return cross / float((a.T @ a).norm() * (b.T @ b).norm())
+
+
+def linear_hsic(x: Features, y: Features) -> float:
+    """Sum of the entrywise product of the centred linear Gram matrices (no factor of the rows)."""
+    a, b = _centred(x, y)
+    return float(((a @ a.T) * (b @ b.T)).sum())
+
+
+def rbf_cka(x: Features, y: Features) -> float:
+    """CKA with Gaussian kernels exp(-d^2 / 2s^2), s^2 the lower median of its own non-zero d^2.
+
+    Raises:
+        InvalidAudit: As `linear_cka`.
+    """
+    _centred(x, y)
+    kernels: list[Gram] = []
+    for features in (x.double(), y.double()):
+        # Through a matrix product the distance of a row to itself would come out as not quite zero.
+        distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
+        scale = distances[distances > 0].median()
+        kernels.append(_centred_kernel((-0.5 * distances / scale).exp()))
+    return _alignment(kernels[0], kernels[1])
+
+
+def batch_cka(x: Features, y: Features, batch_size: int = 512, as_released: bool = False) -> list[float]:
+    """CKA of consecutive batches, as published evaluations report it (their unweighted mean, times 100).
+
+    Args:
+        x: Representations of one model.
+        y: Of another.
+        batch_size: Rows per batch.
+        as_released: Count a short last batch fully, whatever it holds: two rows always give 1, one row
+            gives NaN. Else one of fewer than 3 rows is left out.
+
+    Raises:
+        InvalidAudit: As `linear_cka`.
+    """
+    _check_rows(x, y)
+    values: list[float] = []
+    for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        if len(a) >= FEWEST_ROWS:
+            values.append(linear_cka(a, b))
+        elif as_released:
+            values.append(1.0 if len(a) == 2 else math.nan)
+    return values
+
+
+def knn_predictions(
+    train: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    test: NDArray[np.floating],
+    k: int = 5,
+) -> NDArray[np.int64]:
+    """Labels by majority of the k nearest neighbours by cosine distance, [test rows].
+
+    Raises:
+        InvalidHyperparameter: If k is larger than the number of training rows.
+        InvalidAudit: For NaN or Inf.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    if not 1 <= k <= len(train):
+        raise InvalidHyperparameter(f"k must lie between 1 and the {len(train)} training rows, not {k}.")
+    if not (np.isfinite(train).all() and np.isfinite(test).all()):
+        raise InvalidAudit("The features hold NaN or Inf.")
+    return KNeighborsClassifier(k, metric="cosine").fit(train, labels).predict(test)
+
+
+def knn_accuracy(
+    train: NDArray[np.floating],
+    train_labels: NDArray[np.integer],
+    test: NDArray[np.floating],
+    test_labels: NDArray[np.integer],
+    k: int = 5,
+) -> float:
+    """Accuracy of `knn_predictions`."""
+    return float((knn_predictions(train, train_labels, test, k) == test_labels).mean())
+
+
+def composite(gaps: Sequence[float], similarities: Sequence[float] = ()) -> float:
+    """Our aggregation of AGL and AGR (arXiv 2503.06991 names them): product of 1 - gap and of similarities.
+
+    Args:
+        gaps: Absolute differences of accuracies to the retrained model's, in [0, 1].
+        similarities: CKA to the retrained model; negative ones (debiased) count as 0.
+
+    Returns:
+        In [0, 1]; 1 if nothing differs.
+
+    Example:
+        >>> composite([0.0, 0.5], [0.8])
+        0.4
+    """
+    return math.prod(1 - gap for gap in gaps) * math.prod(max(0.0, value) for value in similarities)
+
+
+def harmonic_mean(one: float, other: float) -> float:
+    """2 ab / (a + b); 0 if both are 0."""
+    return 2 * one * other / (one + other) if one + other else 0.0
+
+
+def matched_names(mine: Mapping[str, int], other: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Layers (or parameters) of two models that are the same, in the order of the first model.
+
+    Names are compared after what a wrapper puts before them ("model.fc" and "fc"): of all pairs of
+    prefixes the one under which most names agree. Where none agrees, the order decides, if both models
+    have as many layers, of the same widths.
+
+    Args:
+        mine: Widths by name, of one model.
+        other: Of another.
+
+    Raises:
+        InvalidAudit: If the two have nothing in common.
+
+    Example:
+        >>> matched_names({"net.conv1": 8, "net.block.conv1": 4}, {"conv1": 8, "block.conv1": 4})
+        [('net.conv1', 'conv1'), ('net.block.conv1', 'block.conv1')]
+    """
+    if list(mine) == list(other):
+        return [(name, name) for name in mine]
+    prefixes = {("", ""), *(_prefixes(a, b) for a in mine for b in other)}
+    shortest_first = sorted(prefixes, key=lambda pair: (len("".join(pair)), pair))
+    matches = [_matches(mine, other, *pair) for pair in shortest_first]
+    best = max(matches, key=len)
+    if not best and list(mine.values()) == list(other.values()):
+        best = list(zip(mine, other, strict=True))
+    if not best:
+        raise InvalidAudit(
+            f"The layers {', '.join(mine) or '(none)'} cannot be matched with "
+            f"{', '.join(other) or '(none)'}: "
+            "neither names nor widths agree."
+        )
+    return best
+
+
+def _prefixes(a: str, b: str) -> tuple[str, str]:
+    """What stands before the part of two dotted names that they share at the end."""
+    parts, others = a.split("."), b.split(".")
+    pairs = zip(reversed(parts), reversed(others), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    rests = (parts[: len(parts) - shared], others[: len(others) - shared])
+    first, second = ("".join(f"{part}." for part in rest) for rest in rests)
+    return first, second
+
+
+def _matches(
+    mine: Mapping[str, int], other: Mapping[str, int], prefix: str, other_prefix: str
+) -> list[tuple[str, str]]:
+    pairs = [(name, other_prefix + name.removeprefix(prefix)) for name in mine if name.startswith(prefix)]
+    return [(name, partner) for name, partner in pairs if partner in other]
+
+
+def _check_rows(x: Features, y: Features) -> None:
+    if len(x) != len(y):
+        raise InvalidAudit(f"CKA compares the same records: there are {len(x)} and {len(y)} rows.")
+    if len(x) < FEWEST_ROWS:
+        raise InvalidAudit(f"CKA needs at least {FEWEST_ROWS} rows, got {len(x)}.")
+
+
+def _centred(x: Features, y: Features) -> tuple[Features, Features]:
+    _check_rows(x, y)
+    pair: list[Features] = []
+    for features in (x.double(), y.double()):
+        if not torch.isfinite(features).all():
+            raise InvalidAudit("The features hold NaN or Inf.")
+        centred = features - features.mean(0)
+        # What float32 leaves of a feature that is the same for all is rounding, not variation.
+        if (centred.abs().amax(0) <= 1e-7 * features.abs().amax(0)).all():
+            raise InvalidAudit("The features are the same for all records: nothing can be compared.")
+        pair.append(centred)
+    return pair[0], pair[1]
+
+
+def _centred_kernel(kernel: Gram) -> Gram:
+    return kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
+
+
+def _alignment(k: Gram, l: Gram, debiased: bool = False) -> float:  # noqa: E741
+    if not debiased:
+        return float((k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt())
+    cross, own_k, own_l = (float(_unbiased_hsic(*pair)) for pair in ((k, l), (k, k), (l, l)))
+    if own_k <= 0 or own_l <= 0:
+        raise InvalidAudit(f"Debiased CKA is not defined: {len(k)} rows are too few for these features.")
+    return cross / math.sqrt(own_k * own_l)
+
+
+def _unbiased_hsic(k: Gram, l: Gram) -> Tensor:  # noqa: E741
+    n = len(k)
+    if n < 4:
+        raise InvalidAudit(f"Debiased CKA needs at least 4 rows, got {n}.")
+    k, l = k - k.diag().diag(), l - l.diag().diag()  # noqa: E741
+    product = (k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2))
+    return (product - 2 / (n - 2) * (k.sum(0) @ l.sum(0))) / (n * (n - 3))
