@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 import palimpsest.forget as forget_verb
-from palimpsest.core.errors import PalimpsestError
+from palimpsest.core.errors import UnreadableCheckpoint
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
@@ -18,16 +16,16 @@ from palimpsest.study.plan import RETRAIN
 from palimpsest.study.recipe import Recipe
 
 
-def place_of(folder: str | Path, key: str) -> Path:
-    """Where the weights of a key lie."""
-    return Path(folder) / "artifacts" / f"{key}.safetensors"
+def place_of(place: str, key: str) -> str:
+    """Where the weights of a key lie, in a folder or fsspec URL."""
+    return f"{place}/{key}.safetensors"
 
 
-def is_sound(folder: str | Path, key: str, sha256: str) -> bool:
+def is_sound(place: str, key: str, sha256: str) -> bool:
     """Whether the weights of a key are there and are the bytes that were written."""
     try:
-        return read_checkpoint(place_of(folder, key)).sha256 == sha256
-    except PalimpsestError:
+        return read_checkpoint(place_of(place, key)).sha256 == sha256
+    except UnreadableCheckpoint:
         return False
 
 
@@ -46,10 +44,17 @@ def train_original(
 def train_control(
     network: nn.Module, split: ForgetSplit, task: Task, runtime: Runtime, recipe: TrainingRecipe
 ) -> nn.Module:
-    """A model retrained without the forget records, every parameter shown to be re-initialised."""
+    """A model retrained without the forget records, every parameter shown to be re-initialised.
+
+    It is what the method "retrain" gives, under a seed that no cell has.
+    """
     return forget_verb.forget(network, split, RETRAIN, task, runtime=runtime, recipe=recipe)
 
 
-def load(folder: str | Path, key: str, network: nn.Module) -> nn.Module:
-    """The weights of a key, in a network of their architecture."""
-    return load_model(place_of(folder, key), network)
+def load(place: str, key: str, sha256: str, network: nn.Module) -> nn.Module:
+    """The weights of a key, in a network of their architecture.
+
+    Raises:
+        UnreadableCheckpoint: If they are not the bytes that were written.
+    """
+    return load_model(place_of(place, key), network, sha256)

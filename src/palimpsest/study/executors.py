@@ -7,16 +7,21 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import deque
+import threading
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
+from palimpsest.core.errors import PalimpsestError
 from palimpsest.study.plan import Job
-from palimpsest.study.workshop import Done, work
+from palimpsest.study.workshop import Done, Worker
 
 PR_SET_PDEATHSIG = 1
+TRIES = 2
+"""A job whose worker was killed is tried once more: what was killed for memory may fit later."""
+READY = "ready"
 
 
 class Executor(Protocol):
@@ -26,71 +31,175 @@ class Executor(Protocol):
         """What came of each job, as soon as it is done. Jobs that raise come back as failed."""
         ...
 
+    def close(self) -> None:
+        """Give back processes and memory; what still runs is stopped."""
+        ...
+
+
+class WorkersCannotStart(PalimpsestError):
+    """Worker processes die before they take a job."""
+
 
 class LocalExecutor:
     """Runs jobs in this process, or in worker processes of this machine.
 
-    Every worker is a pool of its own, so that one that is killed takes only its job with it, and jobs that
-    share passes (`Job.affinity`) are given to the worker that has them already.
+    A worker that is killed takes only its job with it. Jobs that share passes (`Job.affinity`) are given
+    to the worker that has them already. Workers live until `close`, and never longer than this process.
 
     Args:
         workers: Number of processes; 0 runs in this one.
-        do: What to do with a job; a module-level function.
+        make: Makes what does the jobs, in the process that does them; must be importable by name.
     """
 
-    def __init__(self, workers: int = 0, do: Callable[[Job], Done] = work):
-        self.workers, self.do = workers, do
+    def __init__(self, workers: int = 0, make: Callable[[], Callable[[Job], Done]] = Worker):
+        self.workers, self.make = workers, make
+        self._here: Callable[[Job], Done] | None = None
+        self._staff: list[_Process] = []
+        self._stillborn = 0
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Done]:
-        """What came of each job, as soon as it is done."""
+        """What came of each job, as soon as it is done.
+
+        Raises:
+            WorkersCannotStart: If worker processes die before they take a job.
+        """
         if self.workers == 0:
-            yield from map(self.do, jobs)
+            self._here = self._here or self.make()
+            yield from map(self._here, jobs)
             return
-        waiting = deque(jobs)
-        pools = [_pool() for _ in range(min(self.workers, max(len(jobs), 1)))]
-        last = [""] * len(pools)
-        running: dict[Future[Done], tuple[int, Job]] = {}
+        waiting, tries = deque(jobs), Counter[str]()
         try:
-            while waiting or running:
-                busy = {index for index, _ in running.values()}
-                for index in range(len(pools)):
-                    if waiting and index not in busy:
-                        job = _next(waiting, last, index)
-                        last[index] = job.affinity
-                        running[pools[index].submit(self.do, job)] = (index, job)
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    index, job = running.pop(future)
-                    try:
-                        yield future.result()
-                    except BrokenProcessPool:
-                        pools[index] = _pool()
-                        reason = "the worker process was killed (out of memory, perhaps)"
-                        yield Done(job.key, "crashed", reason)
+            while waiting or self._busy():
+                self._hand_out(waiting)
+                for pipe in wait([process.pipe for process in self._staff]):
+                    speaker = next(process for process in self._staff if process.pipe is pipe)
+                    done = self._hear(speaker, waiting, tries)
+                    if done is not None:
+                        yield done
         finally:
-            for pool in pools:
-                pool.shutdown(wait=False, cancel_futures=True)
+            if self._busy():  # whoever reads the results gave up
+                self.close()
+
+    def close(self) -> None:
+        """End all workers, at once if they are at work."""
+        for process in self._staff:
+            process.end()
+        self._staff, self._here = [], None
+
+    def _busy(self) -> bool:
+        return any(process.job is not None for process in self._staff)
+
+    def _hand_out(self, waiting: deque[Job]) -> None:
+        """Hire as many workers as there is work for, and give every idle one a job."""
+        wanted = min(self.workers, len(waiting) + sum(process.job is not None for process in self._staff))
+        while len(self._staff) < wanted:
+            self._staff.append(_Process(self.make))
+        for process in self._staff:
+            if waiting and process.ready and process.job is None:
+                others = {other.affinity for other in self._staff if other is not process}
+                process.take(_next(waiting, process.affinity, others))
+
+    def _hear(self, process: _Process, waiting: deque[Job], tries: Counter[str]) -> Done | None:
+        """What a worker says: that it is ready, what came of its job, or nothing, being dead."""
+        try:
+            said = process.pipe.recv()
+        except (EOFError, OSError):
+            return self._bury(process, waiting, tries)
+        if said == READY:
+            process.ready, self._stillborn = True, 0
+            return None
+        process.job = None
+        return said
+
+    def _bury(self, process: _Process, waiting: deque[Job], tries: Counter[str]) -> Done | None:
+        self._staff.remove(process)
+        process.end()
+        job = process.job
+        if job is None:
+            self._stillborn += not process.ready
+            if self._stillborn > self.workers:
+                raise WorkersCannotStart(
+                    "Worker processes die as they start (their messages are above). A script that calls compare "
+                    'with workers must do so under: if __name__ == "__main__".'
+                )
+            return None
+        tries[job.key] += 1
+        if tries[job.key] < TRIES:
+            waiting.appendleft(job)
+            return None
+        code = process.process.exitcode
+        return Done(
+            job.key, "crashed", f"its worker process was killed twice (exit code {code}); out of memory?"
+        )
 
 
-def _next(waiting: deque[Job], last: list[str], index: int) -> Job:
-    """The next job for a worker: of its own affinity, else of one that no worker has, else any."""
-    others = {affinity for place, affinity in enumerate(last) if place != index}
-    own = (job for job in waiting if job.affinity == last[index])
+class _Process:
+    """A worker process and the pipe to it."""
+
+    def __init__(self, make: Callable[[], Callable[[Job], Done]]):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_serve, args=(theirs, make, os.getpid()), name="palimpsest-worker"
+        )
+        self.process.start()
+        theirs.close()  # so that the pipe ends when the worker does
+        self.ready, self.affinity = False, ""
+        self.job: Job | None = None
+
+    def take(self, job: Job) -> None:
+        """Start on a job; if the worker is dead, its pipe says so at the next reading."""
+        self.job, self.affinity = job, job.affinity
+        try:
+            self.pipe.send(job)
+        except OSError:
+            return
+
+    def end(self) -> None:
+        """Let an idle worker go, stop a busy one."""
+        if self.job is not None or not self.ready:
+            self.process.kill()
+        self.pipe.close()
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _next(waiting: deque[Job], affinity: str, others: set[str]) -> Job:
+    """The next job for a worker: of its own affinity, else of one that no other worker has, else any."""
+    own = (job for job in waiting if job.affinity == affinity)
     free = (job for job in waiting if job.affinity not in others)
     job = next(own, None) or next(free, None) or waiting[0]
     waiting.remove(job)
     return job
 
 
-def _pool() -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_die_with_parent, initargs=(os.getpid(),))
+def _serve(pipe: Connection, make: Callable[[], Callable[[Job], Done]], parent: int) -> None:
+    """A worker's life: jobs in, results out, until the pipe ends."""
+    _die_with(parent)
+    do = make()
+    pipe.send(READY)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(do(job))
 
 
-def _die_with_parent(parent: int) -> None:
-    """Let the system end this worker when the study's process dies, even by SIGKILL (Linux)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _die_with(parent: int) -> None:
+    """Let this worker end when the study's process does, even by SIGKILL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study's process decides
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

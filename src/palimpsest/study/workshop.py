@@ -1,15 +1,17 @@
-"""The workshop: does one job of a plan, in whatever process it is asked to.
+"""The workshop: does the jobs of one recipe, in whatever process it stands.
 
-`work` is what executors call: plain data in, plain data out. What jobs of one process share (records,
-splits, models, passes) is kept between calls; results never depend on what happens to be kept.
+What its jobs share (records, splits, models, passes) is kept between them; results never depend on what
+happens to be kept.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -18,7 +20,13 @@ from torch import nn
 
 import palimpsest.audit as audit_verb
 from palimpsest.core.auditing import AUDITS, Audit
-from palimpsest.core.errors import InvalidRecipe, PalimpsestError
+from palimpsest.core.errors import (
+    CannotWrite,
+    InvalidRecipe,
+    ModelMismatch,
+    PalimpsestError,
+    UnreadableCheckpoint,
+)
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.needs import require
 from palimpsest.core.records import Records
@@ -27,12 +35,14 @@ from palimpsest.core.split import ForgetSplit, split
 from palimpsest.core.unlearner import build
 from palimpsest.data import parse_data
 from palimpsest.forget import build_unlearner, forget, needs_met
-from palimpsest.parts.checkpoint import save_model
+from palimpsest.parts.checkpoint import load_model, save_model
 from palimpsest.parts.training import RECIPE_ATTRIBUTE
 from palimpsest.study.control import architecture, load, place_of, train_control, train_original
-from palimpsest.study.measuring import measuring
-from palimpsest.study.plan import ORIGINAL, Job, methods_of
+from palimpsest.study.fingerprint import data_fingerprint
+from palimpsest.study.measuring import Measured, measuring
+from palimpsest.study.plan import ORIGINAL, Job, Plan, audits_of, make_plan, methods_of
 from palimpsest.study.recipe import Recipe, content_hash, load_recipe
+from palimpsest.study.tables import now
 from palimpsest.tasks import Classification
 
 
@@ -42,50 +52,66 @@ class Done:
 
     Attributes:
         key: Of the job.
-        status: "done"; "failed" (for a reason that will come again); "crashed" (worth another try).
+        status: "done"; "failed" (for a reason that will come again); "crashed" (worth another try);
+            "unwritable" (no place for results: the study must stop).
         reason: Why it failed.
+        detail: Traceback of an unexpected error.
+        started: When it was begun, in UTC.
         seconds: Of training or unlearning.
         peak_bytes: Peak memory meanwhile.
         sha256: Of the weights that were written, if any were.
         report: The audit report as plain data, for cells.
-        detail: Traceback of an unexpected error.
     """
 
     key: str
-    status: Literal["done", "failed", "crashed"]
+    status: Literal["done", "failed", "crashed", "unwritable"]
     reason: str = ""
+    detail: str = ""
+    started: datetime = field(default_factory=now)
     seconds: float | None = None
     peak_bytes: int | None = None
     sha256: str = ""
     report: dict[str, Any] = field(default_factory=dict[str, Any])
-    detail: str = ""
 
 
-def work(job: Job) -> Done:
-    """Do a job; every error becomes a reason, so that a study goes on."""
-    try:
-        return _workshop(content_hash(job.recipe), job).do(job)
-    except PalimpsestError as problem:
-        return Done(job.key, "failed", f"{type(problem).__name__}: {problem}")
-    except Exception as problem:
-        reason = f"{type(problem).__name__}: {problem}"
-        return Done(job.key, "crashed", reason, detail=traceback.format_exc())
+class Worker:
+    """Does jobs one after the other; every error becomes a reason, so that a study goes on."""
 
+    def __init__(self) -> None:
+        self._key, self._workshop = "", cast("Workshop | None", None)
 
-_kept: dict[str, Workshop] = {}
+    def __call__(self, job: Job) -> Done:
+        """Do a job."""
+        started = now()
+        try:
+            return self._at(job).do(job, started)
+        except CannotWrite as problem:
+            return Done(job.key, "unwritable", str(problem), started=started)
+        except UnreadableCheckpoint as problem:
+            return Done(job.key, "crashed", _reason(problem), started=started)
+        except PalimpsestError as problem:
+            return Done(job.key, "failed", _reason(problem), started=started)
+        except Exception as problem:
+            return Done(job.key, "crashed", _reason(problem), traceback.format_exc(), started)
 
-
-def _workshop(key: str, job: Job) -> Workshop:
-    if key not in _kept:
-        _kept.clear()
-        _kept[key] = Workshop(load_recipe(job.recipe))
-    return _kept[key]
+    def _at(self, job: Job) -> Workshop:
+        key = content_hash(job.recipe, job.modules)
+        if self._workshop is None or self._key != key:
+            for module in job.modules:
+                importlib.import_module(module)
+            self._key, self._workshop = key, Workshop(load_recipe(job.recipe))
+        return self._workshop
 
 
 class Workshop:
     """The recipe's data, requests and models, made when they are first asked for."""
 
     def __init__(self, recipe: Recipe):
+        for module in recipe.imports:
+            try:
+                importlib.import_module(module)
+            except ImportError as problem:
+                raise InvalidRecipe(f"The recipe imports '{module}': {problem}.") from problem
         self.recipe = recipe
         self.task = Classification()
         self._evidence: tuple[str, Evidence] | None = None
@@ -97,39 +123,35 @@ class Workshop:
 
     @cached_property
     def splits(self) -> list[ForgetSplit]:
-        """One split per request, in order."""
+        """One split per request, in order.
+
+        Raises:
+            InvalidRecipe: If two requests go by one name.
+        """
         shares = self.recipe.split
-        return [
+        made = [
             split(self.records, request.selection(), shares.test, shares.holdout, shares.seed)
             for request in self.recipe.forget
         ]
+        names = [parts.description for parts in made]
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidRecipe(
+                    f"Two requests are called '{name}': leave one out, or give them a name each."
+                )
+        return made
 
-    @cached_property
-    def classes(self) -> int:
-        """Number of logits: the largest label and one more.
+    def plan(self, place: str) -> Plan:
+        """All jobs, with weights kept at `place`.
 
         Raises:
-            InvalidRecipe: If the data have no integer labels.
+            InvalidRecipe: If the device is not there.
         """
-        if not self.records.has_column("label") or self.records.column("label").dtype.kind not in "iu":
-            raise InvalidRecipe(f"The data '{self.recipe.data.name}' have no integer 'label' column.")
-        return int(self.records.column("label").max()) + 1
-
-    def network(self, seed: int) -> nn.Module:
-        """The architecture with fresh weights."""
-        return architecture(self.recipe, tuple(self.records[0]["input"].shape), self.classes, seed)
-
-    def runtime(self, seed: int) -> Runtime:
-        """Where work is done, without a progress bar: the study draws one."""
-        return Runtime(seed=seed, device=self.recipe.device, threads=self.recipe.threads)
-
-    def audits(self) -> list[Audit] | None:
-        """The audits of the recipe, or None for the default ones."""
-        if self.recipe.audits is None:
-            return None
-        return [
-            build("audit", AUDITS.get(item.name), item.name, item.settings) for item in self.recipe.audits
-        ]
+        try:
+            torch.empty(0, device=self.runtime(0).torch_device)
+        except (RuntimeError, AssertionError) as problem:
+            raise InvalidRecipe(f"The device '{self.recipe.device}' cannot be used: {problem}") from problem
+        return make_plan(self.recipe, self.splits, data_fingerprint(self.records), place)
 
     def check(self) -> None:
         """Find all bad input before any work.
@@ -137,89 +159,125 @@ class Workshop:
         Raises:
             PalimpsestError: The first problem, in words.
         """
-        network = self.network(0)
-        self.audits()
         runtime = self.runtime(0)
-        recipe = self.recipe.training.recipe()
+        network = runtime.place(self._network(0))
+        setattr(network, RECIPE_ATTRIBUTE, self.recipe.training.recipe())
+        self._audits()
         for parts in self.splits:
             for records in parts.parts.values():
-                self.task.check(runtime.place(network), records)
+                self.task.check(network, records)
             for method in methods_of(self.recipe):
                 unlearner = build_unlearner(method.name, dict(method.settings))
-                setattr(network, RECIPE_ATTRIBUTE, recipe)
+                if not {"any", self.task.name} & set(unlearner.card.tasks):
+                    raise ModelMismatch(f"Method '{method.name}' does not work for {self.task.name}.")
                 require(method.title, unlearner.card.needs, needs_met(network, parts, unlearner))
 
-    def do(self, job: Job) -> Done:
+    def original(self, job: Job) -> nn.Module:
+        """The trained model that a cell starts from.
+
+        Raises:
+            UnreadableCheckpoint: If its weights are gone.
+        """
+        return load_model(place_of(job.place, job.needs[0]), self._network(0))
+
+    def do(self, job: Job, started: datetime) -> Done:
         """Train a model, or run and audit a cell."""
         with self.runtime(0).limited():
-            return self._cell(job) if job.kind == "cell" else self._training(job)
+            return self._cell(job, started) if job.kind == "cell" else self._training(job, started)
 
-    def _training(self, job: Job) -> Done:
+    def _training(self, job: Job, started: datetime) -> Done:
         seed = job.seeds["training"]
         parts, runtime, recipe = self.splits[job.request], self.runtime(seed), self.recipe.training.recipe()
         make = train_original if job.kind == "original" else train_control
         with measuring(runtime.torch_device) as measured:
-            model = make(self.network(seed), parts, self.task, runtime, recipe)
-        sha256 = save_model(model, place_of(job.folder, job.key))
-        return Done(job.key, "done", "", measured.seconds, measured.peak_bytes, sha256)
+            model = make(self._network(seed), parts, self.task, runtime, recipe)
+        sha256 = save_model(model, place_of(job.place, job.key))
+        return Done(job.key, "done", "", "", started, measured.seconds, measured.peak_bytes, sha256)
 
-    def _cell(self, job: Job) -> Done:
-        parts = self.splits[job.request]
+    def _cell(self, job: Job, started: datetime) -> Done:
         shared = self._shared(job)
-        original = cast(nn.Module, shared.original)
+        unlearned, measured = self._unlearned(job, cast(nn.Module, shared.original))
+        seconds = {**shared.seconds, "unlearned": measured.seconds}
+        evidence = shared.judging(unlearned, seconds=seconds, peak_bytes=measured.peak_bytes)
+        report = audit_verb.examine(evidence, self._audits(), self._facts(job, measured))
+        self._keep(evidence)
+        sha256 = ""
+        if self.recipe.keep_models and job.method >= 0:
+            sha256 = save_model(unlearned, place_of(job.place, job.key))
+        plain = cast(dict[str, Any], finite(report.to_dict()))
+        return Done(job.key, "done", "", "", started, measured.seconds, measured.peak_bytes, sha256, plain)
+
+    def _unlearned(self, job: Job, original: nn.Module) -> tuple[nn.Module, Measured]:
+        """The cell's model, and what making it took: only the method is measured."""
+        if job.method < 0:
+            return original, Measured()
+        method = methods_of(self.recipe)[job.method]
+        unlearner = build_unlearner(method.name, dict(method.settings))
         runtime = self.runtime(job.seeds["unlearning"])
+        with measuring(runtime.torch_device) as measured:
+            unlearned = forget(original, self.splits[job.request], unlearner, self.task, runtime=runtime)
+        return unlearned, measured
+
+    def _facts(self, job: Job, measured: Measured) -> dict[str, Any]:
         method = methods_of(self.recipe)[job.method] if job.method >= 0 else None
-        name = method.name if method else ORIGINAL
-        unlearned, seconds, peak = original, 0.0, None
-        if method is not None:
-            unlearner = build_unlearner(method.name, dict(method.settings))
-            with measuring(runtime.torch_device) as measured:
-                unlearned = forget(original, parts, unlearner, self.task, runtime=runtime)
-            seconds, peak = measured.seconds, measured.peak_bytes
-        times = {**shared.seconds, "unlearned": seconds}
-        evidence = shared.judging(unlearned, seconds=times, peak_bytes=peak)
-        facts = {
+        retraining = job.retraining_seconds
+        return {
             "study": self.recipe.name,
-            "method": name,
-            "label": method.title if method else ORIGINAL,
+            "method": method.name if method else ORIGINAL,
+            "label": job.title,
             "settings": dict(method.settings) if method else {},
-            "request": parts.description,
+            "request": self.splits[job.request].description,
             "seed": job.seeds["training"],
             "seeds": dict(job.seeds),
-            "seconds": seconds,
-            "share_of_retraining": seconds / times["retrained"] if times.get("retrained") else None,
+            "seconds": measured.seconds,
+            "peak_bytes": measured.peak_bytes,
+            "retraining_seconds": retraining,
+            "share_of_retraining": measured.seconds / retraining if retraining else None,
             "data": self.recipe.data.name,
             "model": self.recipe.model.name,
         }
-        report = audit_verb.examine(evidence, self.audits(), facts)
-        self._keep_shared(evidence)
-        sha256 = ""
-        if self.recipe.keep_models and method is not None:
-            sha256 = save_model(unlearned, place_of(job.folder, job.key))
-        return Done(
-            job.key, "done", "", seconds, peak, sha256, cast(dict[str, Any], finite(report.to_dict()))
-        )
 
     def _shared(self, job: Job) -> Evidence:
         """Evidence with the original and the controls of a cell; the last one is kept."""
-        key = f"{job.affinity}/{job.needs}"
+        key = content_hash(job.affinity, job.needs, job.hashes)
         if self._evidence is None or self._evidence[0] != key:
-            start, *controls = job.needs
-            network = self.network(0)
-            original = load(job.folder, start, network)
-            models = [load(job.folder, control, network) for control in controls]
-            runtime = self.runtime(job.seeds["auditing"])
+            network = self._network(0)
+            original, *controls = (
+                load(job.place, needed, sha256, network)
+                for needed, sha256 in zip(job.needs, job.hashes, strict=True)
+            )
             seconds = {"retrained": job.retraining_seconds} if job.retraining_seconds else {}
+            runtime = self.runtime(job.seeds["auditing"])
             evidence = Evidence(
-                original, self.splits[job.request], self.task, runtime, original, models, seconds
+                original, self.splits[job.request], self.task, runtime, original, controls, seconds
             )
             self._evidence = (key, evidence)
         return self._evidence[1]
 
-    def _keep_shared(self, evidence: Evidence) -> None:
+    def _keep(self, evidence: Evidence) -> None:
         """Keep what the audits of a cell found out about original and controls."""
         if self._evidence is not None and evidence.original is not None:
             self._evidence = (self._evidence[0], evidence.judging(evidence.original))
+
+    def _network(self, seed: int) -> nn.Module:
+        """The architecture with fresh weights."""
+        return architecture(self.recipe, tuple(self.records[0]["input"].shape), self._classes, seed)
+
+    @cached_property
+    def _classes(self) -> int:
+        """Number of logits: the largest label and one more."""
+        if not self.records.has_column("label") or self.records.column("label").dtype.kind not in "iu":
+            raise InvalidRecipe(f"The data '{self.recipe.data.name}' have no integer 'label' column.")
+        return int(self.records.column("label").max()) + 1
+
+    def runtime(self, seed: int) -> Runtime:
+        """Where work is done, without a progress bar: the study draws one."""
+        return Runtime(seed=seed, device=self.recipe.device, threads=self.recipe.threads)
+
+    def _audits(self) -> list[Audit]:
+        return [
+            build("audit", AUDITS.get(item.name), item.name, item.settings) for item in audits_of(self.recipe)
+        ]
 
 
 def finite(value: Any) -> Any:
@@ -230,4 +288,8 @@ def finite(value: Any) -> Any:
         return {str(key): finite(item) for key, item in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in cast(list[Any], value)]
-    return value.item() if isinstance(value, torch.Tensor) or hasattr(value, "item") else value
+    return finite(value.item()) if isinstance(value, torch.Tensor) or hasattr(value, "item") else value
+
+
+def _reason(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}"

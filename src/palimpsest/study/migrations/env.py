@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from palimpsest.study.store import Table
+from palimpsest.study.tables import Table
 
 context.configure(
     connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True

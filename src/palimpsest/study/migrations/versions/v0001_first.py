@@ -25,11 +25,13 @@ def upgrade() -> None:
         sa.Column("seeds", sa.JSON(), nullable=False),
         sa.Column("status", sa.String(), nullable=False),
         sa.Column("reason", sa.String(), nullable=False),
+        sa.Column("detail", sa.String(), nullable=False),
         sa.Column("verdict", sa.String(), nullable=True),
         sa.Column("reasons", sa.JSON(), nullable=False),
         sa.Column("facts", sa.JSON(), nullable=False),
         sa.Column("seconds", sa.Float(), nullable=True),
         sa.Column("peak_bytes", sa.BigInteger(), nullable=True),
+        sa.Column("started", sa.DateTime(), nullable=False),
         sa.Column("finished", sa.DateTime(), nullable=False),
     )
     op.create_table(
