@@ -1,0 +1,175 @@
+"""The page: one HTML file that holds everything it shows and asks nothing of the network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import palimpsest
+from palimpsest.audit.report import AuditReport
+from palimpsest.core.errors import InvalidAudit
+from palimpsest.core.rendering import renderer
+from palimpsest.core.writing import write_text
+from palimpsest.report.attacks import (
+    interpolation_chart,
+    pruning_chart,
+    quantization_chart,
+    relearning_chart,
+)
+from palimpsest.report.cost import cost_chart
+from palimpsest.report.gathering import labels_of, requests_of
+from palimpsest.report.inside import cka_chart, separation_chart
+from palimpsest.report.membership import confidence_chart, roc_chart
+from palimpsest.report.per_class import class_chart
+from palimpsest.report.style import colours
+from palimpsest.report.tables import finding_rows, headings, judgements
+from palimpsest.report.trade_off import forgetting_chart, privacy_chart
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart of the page.
+
+    Attributes:
+        key: Of the element.
+        title: Above it.
+        reading: How to read it, in a sentence.
+        make: From reports to a Vega-Lite specification, or None where there is nothing to draw.
+        wide: Whether it takes the whole width.
+    """
+
+    key: str
+    title: str
+    reading: str
+    make: Callable[[Sequence[AuditReport]], dict[str, Any] | None]
+    wide: bool = False
+
+
+PANELS = (
+    Panel("trade-off", "Forgetting and utility", "Good is close to the star, the model retrained without the "
+          "records. Bars are 95 % intervals over seeds.", forgetting_chart),
+    Panel("privacy", "Privacy and utility", "How well an attacker tells the forget records from records that no model "
+          "has seen. Good is close to the star.", privacy_chart),
+    Panel("classes", "Accuracy by class", "Change against the original in points. A method should change what "
+          "retraining changes, and nothing else.", class_chart, wide=True),
+    Panel("roc", "Membership attack", "Both axes logarithmic: the left end shows what an attacker learns who must not "
+          "be wrong. The dashed line is guessing.", roc_chart),
+    Panel("relearning", "Does it come back?", "Every model is trained alike. What returns faster than in the retrained "
+          "model was still there.", relearning_chart),
+    Panel("confidence", "How sure the models are", "Forget records against records never seen: after forgetting the "
+          "two look alike.", confidence_chart, wide=True),
+    Panel("cka", "Similarity by layer", "Linear CKA of the layers' activations. Only retraining says how similar a "
+          "model without the records would be.", cka_chart),
+    Panel("separation", "Is the class still a class inside?", "How far the forgotten class stands apart from the "
+          "nearest retained class, in units of its own spread.", separation_chart),
+    Panel("quantization", "Fewer bits", "Rounding the weights can undo small changes: the forgotten returns.",
+          quantization_chart),
+    Panel("pruning", "Fewer weights", "The same with the smallest weights removed.", pruning_chart),
+    Panel("interpolation", "Towards the original", "On the straight line of weights from each model to the original.",
+          interpolation_chart),
+    Panel("cost", "Cost", "Time of the method as a share of retraining from scratch; beside it seconds.", cost_chart),
+)  # fmt: skip
+
+
+def write_report(
+    reports: Sequence[AuditReport], path: str | Path, title: str = "", failures: Sequence[str] = ()
+) -> Path:
+    """Write the page, whole or not at all.
+
+    Args:
+        reports: Of one audit or of all cells of a study.
+        path: Of the HTML file.
+        title: Of the page; what was judged by default.
+        failures: Cells that have no report, in words.
+
+    Raises:
+        InvalidAudit: If there is no report.
+        CannotWrite: If the place cannot be written.
+    """
+    return write_text(path, html_report(reports, title, failures))
+
+
+@renderer("html")
+def html_report(reports: Sequence[AuditReport], title: str = "", failures: Sequence[str] = ()) -> str:
+    """The text of the page.
+
+    Raises:
+        InvalidAudit: If there is no report.
+    """
+    from jinja2 import Environment, select_autoescape
+
+    if not reports:
+        raise InvalidAudit("There is no audit report to show.")
+    drawn = [(panel, chart) for panel in PANELS if (chart := panel.make(reports)) is not None]
+    labels = labels_of(reports)
+    data = {
+        "requests": requests_of(reports),
+        "colours": colours(labels),
+        "charts": {panel.key: chart for panel, chart in drawn},
+        "findings": finding_rows(reports),
+    }
+    page = Environment(
+        autoescape=select_autoescape(default_for_string=True), trim_blocks=True, lstrip_blocks=True
+    )
+    return page.from_string(_asset("page.html")).render(
+        title=title or _title(reports), facts=_facts(reports), requests=data["requests"], labels=labels,
+        colours=data["colours"], headings=headings(reports), judged=judgements(reports), failures=failures,
+        panels=[panel for panel, _ in drawn], version=palimpsest.__version__,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), not_run=_not_run(reports),
+        style=_asset("page.css"), script=_asset("page.js"), bundle=_vega(),
+        data=_in_script(json.dumps(data, separators=(",", ":"), default=str)),
+    )  # fmt: skip
+
+
+def _vega() -> str:
+    """The JavaScript of Vega, Vega-Lite and vega-embed, fit to stand in a script element."""
+    from vl_convert import javascript_bundle
+
+    bundle = javascript_bundle()  # pyright: ignore[reportCallIssue]  # the stub asks for an optional argument
+    return bundle.replace("</script", "<\\/script")
+
+
+def _asset(name: str) -> str:
+    return files("palimpsest.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _in_script(text: str) -> str:
+    """JSON that cannot end the script element that it stands in."""
+    return text.replace("</", "<\\/")
+
+
+def _title(reports: Sequence[AuditReport]) -> str:
+    facts = reports[0].facts
+    return str(facts.get("study") or facts.get("label") or facts.get("method") or "Audit")
+
+
+def _facts(reports: Sequence[AuditReport]) -> list[tuple[str, str]]:
+    """What was judged, as pairs of words."""
+    first = reports[0].facts
+    seeds = sorted({report.facts["seed"] for report in reports if "seed" in report.facts})
+    known = {
+        "data": first.get("data"),
+        "model": first.get("model"),
+        "seeds": ", ".join(map(str, seeds)),
+        "controls": max(
+            (len(finding.controls) for report in reports for finding in report.findings), default=0
+        ),
+        "findings": sum(len(report.findings) for report in reports),
+    }
+    return [(name, str(value)) for name, value in known.items() if value]
+
+
+def _not_run(reports: Sequence[AuditReport]) -> list[tuple[str, str]]:
+    """Audits that were not run, with the reason; never to be taken for passed."""
+    found = {
+        finding.key: finding.note
+        for report in reports
+        for finding in report.findings
+        if finding.judgement.value == "not run"
+    }
+    return sorted(found.items())
