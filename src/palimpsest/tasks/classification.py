@@ -104,7 +104,9 @@ class Classification:
                 f"{len(batch['id'])}."
             )
         if logits.shape[1] < 2:
-            raise ModelMismatch(f"Classification needs at least 2 classes; the model gives {logits.shape[1]} logit.")
+            raise ModelMismatch(
+                f"Classification needs at least 2 classes; the model gives {logits.shape[1]} logit."
+            )
         if torch.isnan(logits).any():
             raise ModelMismatch("The model gives NaN logits.")
         if self.classes is not None and logits.shape[1] != self.classes:

@@ -1,0 +1,64 @@
+# Everything happens in .venv, which the first target makes; only Python 3.11+ with venv must be there.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+SLUG   ?= ssd
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow replicate lint format docs readme benchmarks coverage clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(READY) ## Make .venv and install everything
+
+# torch and torchvision go first and in one step, so that pip finds the one build that fits both.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1). Set PYTHON=python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "No venv: on Debian install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -q torch torchvision -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[vision,distributed,postgres,docs,dev]' -c constraints.txt
+	@touch $@
+
+demo: $(READY) ## The main job on the handwritten digits: table, verdicts, runs/demo/report.html
+	$(BIN)/palimpsest compare src/palimpsest/cli/demo.yaml --out runs/demo
+
+test: $(READY) ## All tests but the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY) ## The slow tests: minutes of computing each
+	$(PYTEST) -m slow
+
+replicate: $(READY) ## Run the claims of a paper again: make replicate SLUG=ssd
+	$(BIN)/palimpsest replicate $(SLUG)
+
+lint: $(READY) ## Style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/pyright -p pyright-strict.json
+	$(BIN)/lint-imports
+
+format: $(READY) ## Format all Python files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY) ## Build the site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+readme: $(READY) ## Bring the table of methods in README.md up to date
+	$(BIN)/palimpsest methods --into README.md
+
+benchmarks: $(READY) ## Measurements of speed and of shared passes
+	for file in benchmarks/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python "$$file" || exit 1; done
+
+coverage: $(READY) ## Tests with a report of covered lines (htmlcov/)
+	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-report=html
+
+clean: ## Remove what was built; .venv and runs stay
+	rm -rf build dist site htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

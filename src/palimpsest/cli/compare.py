@@ -1,0 +1,165 @@
+"""`palimpsest compare`: the main job, methods against retraining."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from palimpsest.cli.loading import import_modules, listed
+from palimpsest.cli.options import RULE, AsJson, Imports
+from palimpsest.cli.output import emit, say, show
+
+if TYPE_CHECKING:
+    from palimpsest.study.result import StudyResult
+
+EXAMPLE = (
+    "Examples:\n\n"
+    "palimpsest compare --data digits --forget label=3 --methods ssd,scrub --seeds 3 --out runs/first\n\n"
+    "palimpsest compare --forget label=3 --forget fraction=0.1 --methods ssd,salun --set methods.0.settings.alpha=30\n\n"
+    "palimpsest compare recipe.yaml --set forget.fraction=0.05"
+)
+ALL_FAILED = 3
+
+
+def command(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML recipe of a study; options below change it.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="NAME[:PLACE]", help="Data set; digits if none is named.")
+    ] = None,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RULE", help=f"{RULE} Repeat the option for several requests."),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Methods to compare; retraining is always among them."),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N|A,B,...", help="Number of seeds, or the seeds themselves.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Architecture; small_cnn if none is named.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of the training of the original.")] = None,
+    audits: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Audits to run; by default all without shadow models."),
+    ] = None,
+    controls: Annotated[
+        int | None, typer.Option(help="Retrained models per request that all is judged by.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes of this machine; 0 works in this one.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="SQLAlchemy URL; a SQLite file in the run folder by default."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the run; runs/NAME by default.")
+    ] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the recipe; repeatable."),
+    ] = None,
+    imports: Imports = [],  # noqa: B006
+    retry: Annotated[bool, typer.Option("--retry", help="Run cells that failed once more.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait while another process works on the folder.")
+    ] = True,
+    page: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html into the folder.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods with retraining from scratch: train, forget, audit, judge.
+
+    What was finished is kept: the same command resumes a study that was interrupted, and one with more
+    requests, methods or seeds runs only what is new.
+    """
+    if recipe is None and not forget:
+        raise typer.BadParameter("say what to forget (--forget label=3), or name a recipe")
+    if recipe is None and not methods:
+        raise typer.BadParameter("say which methods to compare (--methods ssd,scrub), or name a recipe")
+    named = {
+        "name": out.name if out is not None and recipe is None else None,
+        "data": data,
+        "model": model,
+        "training.epochs": epochs,
+        "forget": forget or None,
+        "methods": listed(methods) or None,
+        "audits": listed(audits) or None,
+        "seeds": _seeds(seeds),
+        "controls": controls,
+        "store": store,
+        "imports": imports or None,
+    }
+    import_modules(imports)
+    from palimpsest.study.compare import compare
+
+    said = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    result = compare(
+        recipe or {}, out, [*said, *(change or [])], workers, progress=True, wait=wait, retry=retry
+    )
+    _present(result, page, as_json)
+    if _all_failed(result):
+        raise typer.Exit(ALL_FAILED)
+
+
+def _seeds(text: str | None) -> int | list[int] | None:
+    """A number of seeds, or a list of them."""
+    if text is None:
+        return None
+    try:
+        numbers = [int(item) for item in listed(text)]
+    except ValueError as problem:
+        raise typer.BadParameter(f"--seeds is a number or a list such as 0,1,2, not '{text}'") from problem
+    return numbers if "," in text else numbers[0]
+
+
+def _present(result: StudyResult, page: bool, as_json: bool) -> None:
+    """The table, and where everything lies."""
+    written: dict[str, Any] = {"results": result.save(result.folder / "results.json")}
+    if page and result.reports:
+        from palimpsest.report import write_report
+
+        written["report"] = result.folder / "report.html"
+        write_report(result.reports, written["report"], result.name, result.failed)
+    if as_json:
+        emit(
+            {
+                "name": result.name,
+                "folder": result.folder,
+                "cells": len(result.cells),
+                "failed": [_failure(cell) for cell in result.failures],
+                "summary": [item.to_dict() for item in result.summary()],
+                **written,
+            }
+        )
+        return
+    show(result.table())
+    for failure in result.failed:
+        say(f"failed: {failure}")
+    for what, place in written.items():
+        say(f"{what}: {_near(place)}")
+
+
+def _failure(cell: Any) -> dict[str, Any]:
+    return {"label": cell.label, "request": cell.request, "seeds": cell.seeds, "reason": cell.reason}
+
+
+def _near(path: Path) -> Path:
+    """A path as seen from the working folder, if it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _all_failed(result: StudyResult) -> bool:
+    """Whether no method that was asked for came to an end (the original and retraining always run)."""
+    asked = [cell for cell in result.cells if cell.method not in ("original", "retrain")] or result.cells
+    return all(cell.report is None for cell in asked)
