@@ -77,6 +77,7 @@ class Training(Part):
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     clip: float | None = None
+    gradient_restriction: float = 0.0
 
     def recipe(self) -> TrainingRecipe:
         """As the training loop takes it."""

@@ -18,10 +18,8 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
+from palimpsest.parts.gradients import Direction, gradient_of, mean_gradient
 from palimpsest.parts.parameters import trainable
-
-Direction = dict[str, Tensor]
-"""A direction in the space of trainable parameters, by name, each of its parameter's shape."""
 
 
 @unlearner(
@@ -71,19 +69,6 @@ class Influence:
         return student
 
 
-def mean_gradient(model: nn.Module, batches: Iterable[Batch], task: Task) -> Direction:
-    """Gradient of the mean loss over all records, in evaluation mode."""
-    parameters = trainable(model)
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    count = 0
-    with evaluating(model):
-        for batch in batches:
-            for name, part in _gradient(task.loss_per_example(model, batch).sum(), parameters).items():
-                total[name] += part
-            count += len(batch["id"])
-    return {name: value / count for name, value in total.items()}
-
-
 def woodfisher(
     model: nn.Module, batches: Iterable[Batch], task: Task, v: Direction, samples: int = 1000
 ) -> Direction:
@@ -110,7 +95,7 @@ def woodfisher(
     with evaluating(model):
         for batch in batches:
             if first is None:
-                first = _gradient(task.loss_per_example(model, batch)[0], trainable(model))
+                first = gradient_of(task.loss_per_example(model, batch)[0], trainable(model))
             along_first += slopes(model, batch, task, first).tolist()
             along_v += slopes(model, batch, task, v).tolist()
             if len(along_v) >= samples + 2:
@@ -144,9 +129,3 @@ def slopes(model: nn.Module, batch: Batch, task: Task, direction: Direction) -> 
     )
     products = [(gradient * direction[name]).sum() for name, gradient in zip(parameters, found, strict=True)]
     return torch.autograd.grad(torch.stack(products).sum(), weights)[0].double()
-
-
-def _gradient(value: Tensor, parameters: dict[str, nn.Parameter]) -> Direction:
-    """Gradient of a scalar; zero for parameters that it does not depend on."""
-    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(parameters, (part.detach() for part in found), strict=True))
