@@ -184,7 +184,7 @@ def gradient_norms(loss: Float[Tensor, ""], parameters: Sequence[nn.Parameter]) 
     return torch.stack(norms).sum() if norms else loss.new_zeros(())
 
 
-def differentiable_twice() -> AbstractContextManager[None]:
+def differentiable_twice() -> AbstractContextManager[object]:
     """Attention by its plain formula: the fused kernels have no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
