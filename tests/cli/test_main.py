@@ -110,8 +110,8 @@ def test_an_interrupted_study_says_how_to_resume_and_does(start, tmp_path):
     process = start(*words)
     artifacts = tmp_path / "run" / "artifacts"
     limit = time.monotonic() + 60
-    while not list(artifacts.glob("*.safetensors")) and time.monotonic() < limit:
-        time.sleep(0.05)
+    while len(list(artifacts.glob("*.safetensors"))) < 2 and time.monotonic() < limit:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -120,7 +120,6 @@ def test_an_interrupted_study_says_how_to_resume_and_does(start, tmp_path):
     again = start(*words)
     output, errors = again.communicate(timeout=120)
     assert again.returncode == 0 and "finetune" in output
-    assert {
-        path.name: path.stat().st_mtime_ns for path in artifacts.glob("*.safetensors")
-    }.items() >= kept.items()
+    rewritten = {name for name, moment in kept.items() if (artifacts / name).stat().st_mtime_ns != moment}
+    assert len(kept) >= 2 and len(rewritten) <= 1  # the interrupt may fall between a model and its row
     assert set(RESUMABLE) <= set(VERBS)

@@ -138,9 +138,7 @@ def test_the_kept_models_are_the_ones_that_were_audited(finished):
 
 def test_a_finished_study_runs_nothing_and_says_the_same(finished):
     folder, result = finished
-    again, ran = run(
-        folder, tiny(forget=["label=3", "fraction=0.1"], seeds=2, controls=2, audits=["utility", "cost"])
-    )
+    again, ran = run(folder, TWO_REQUESTS)
     assert ran == []
     assert figures(again) == figures(result) == figures(open_run(folder))
     assert again.to_dict() == result.to_dict()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -88,14 +89,15 @@ class Runtime:
 
     @contextmanager
     def limited(self) -> Generator[None]:
-        """Torch limited to `threads` CPU threads, restored after."""
+        """Torch, BLAS and OpenMP limited to `threads` CPU threads, restored after."""
         before = torch.get_num_threads()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        with threadpool_limits(self.threads):
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on this runtime's device."""

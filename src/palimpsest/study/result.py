@@ -198,7 +198,7 @@ class StudyResult:
 
     def to_json(self) -> str:
         """All of it as JSON."""
-        return json.dumps(self.to_dict(), indent=1)
+        return json.dumps(self.to_dict())
 
     def save(self, path: str | Path) -> Path:
         """Write all of it as JSON, whole or not at all."""

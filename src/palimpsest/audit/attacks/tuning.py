@@ -61,7 +61,7 @@ class Budget:
         if not parameters:
             raise InvalidAudit("it has no parameters that could be tuned")
         if self.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr)
+            return torch.optim.Adam(parameters, lr, fused=True)
         return torch.optim.SGD(parameters, lr, momentum=0.9)
 
 

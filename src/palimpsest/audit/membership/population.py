@@ -156,7 +156,9 @@ def crossfit(
         held, fitted = fold == index, fold != index
         center, width = inputs[fitted].mean(0), inputs[fitted].std(0)
         scaled = (inputs - center) / np.where(width > 1e-12 * (1 + np.abs(center)), width, np.inf)
-        model = LogisticRegression(class_weight="balanced", max_iter=2000).fit(scaled[fitted], truth[fitted])
+        model = LogisticRegression(class_weight="balanced", solver="newton-cholesky").fit(
+            scaled[fitted], truth[fitted]
+        )
         values = model.decision_function(scaled)
         reference = values[fitted & (truth == 0)]
         spread = reference.std()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -109,11 +110,15 @@ class PrivacyScore:
         if n < self.folds:
             return []
 
-        def scores(pair: Pair) -> tuple[Scores, Scores]:
+        def compute(pair: Pair) -> tuple[Scores, Scores]:
             sides = [feature_matrix(signals_of(evidence, role, "forget")) for role in pair]
             # A record is in the same fold under both models, so that no fit has seen it under the other.
             groups = np.arange(n), np.arange(n)
             return crossfit(sides[0], sides[1], same_draw(evidence, "detectability"), self.folds, groups)
+
+        def scores(pair: Pair) -> tuple[Scores, Scores]:
+            key = ("detectability", self.folds, pair)
+            return evidence.remember(key, partial(compute, pair), pair[0])
 
         found = _against_controls(evidence, lambda pair: np.float64(auc(*scores(pair))))
         ends = [
