@@ -137,11 +137,7 @@ def test_commands_on_the_pages_use_options_that_exist(page):
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_links_to_files_lead_somewhere(page):
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    links = [
-        link
-        for link in re.findall(r"\]\(([^)#]+)\)", text)
-        if "://" not in link
-    ]
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert links and all((ROOT / link).exists() for link in links)
 
 
