@@ -6,7 +6,10 @@ import shutil
 
 import pytest
 
+from palimpsest.report import write_report
 from palimpsest.report.page import PANELS
+from palimpsest.study.compare import compare
+from tests.study.studies import tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
@@ -57,6 +60,8 @@ def contrast(first: str, second: str) -> float:
 
 def test_all_charts_are_drawn_offline_without_a_word_on_the_console(opened):
     for panel in PANELS:
+        if panel.key == "turns":
+            continue  # of studies in turn alone
         marks = opened.locator(
             f"#chart-{panel.key} svg .mark-group path, #chart-{panel.key} svg .mark-symbol path"
         )
@@ -126,3 +131,16 @@ def test_the_theme_can_be_switched(opened):
     assert {before, opened.get_attribute("html", "data-theme")} == {"light", "dark"}
     opened.wait_for_timeout(300)
     assert opened.locator("#chart-roc svg.marks").count() == 1
+
+
+def test_requests_in_turn_are_drawn_from_the_first_to_the_last(browser, tmp_path):
+    recipe = tiny(forget=["label=3", "label=5", "label=8"], in_turn=True, training={"epochs": 8, "lr": 0.003})
+    reports = compare(recipe, tmp_path / "run", progress=False).reports
+    tab = browser.new_page()
+    tab.goto(write_report(reports, tmp_path / "report.html").as_uri())
+    tab.wait_for_selector("html[data-drawn]", state="attached", timeout=60_000)
+    points = tab.locator("#chart-turns svg .mark-symbol path")
+    assert points.count() == 3 * 4  # three requests, four models
+    tab.select_option("#chart-turns select", "K after the last request")
+    assert points.count() > 0
+    tab.close()

@@ -123,7 +123,7 @@ def test_the_kept_models_are_the_ones_that_were_audited(finished):
     folder, result = finished
     workshop = Workshop(open_recipe(folder))
     cell = result.select("ssd", "label = 3")[1]
-    model = load_model(folder / "artifacts" / f"{cell.key}.safetensors", workshop._network(0))
+    model = load_model(folder / "artifacts" / f"{cell.key}.safetensors", workshop.network(0))
     test = workshop.splits[0].parts["test"]
     kept = test.column("label") != 3
     predicted = model(test.tensors["input"]).argmax(1).numpy()

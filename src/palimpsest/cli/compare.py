@@ -19,6 +19,7 @@ EXAMPLE = (
     "Examples:\n\n"
     "palimpsest compare --data digits --forget label=3 --methods ssd,scrub --seeds 3 --out runs/first\n\n"
     "palimpsest compare --forget label=3 --forget fraction=0.1 --methods ssd,salun --set methods.0.settings.alpha=30\n\n"
+    "palimpsest compare --forget label=3 --forget label=5 --in-turn --methods scrub,ssd\n\n"
     "palimpsest compare recipe.yaml --set forget.fraction=0.05"
 )
 ALL_FAILED = 3
@@ -53,6 +54,14 @@ def command(
     controls: Annotated[
         int | None, typer.Option(help="Retrained models per request that all is judged by.")
     ] = None,
+    in_turn: Annotated[
+        bool,
+        typer.Option(
+            "--in-turn",
+            help="The requests follow each other: each is put to the model that the answer to the one before left, "
+            "and the earlier ones are audited again at the end.",
+        ),
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes of this machine; 0 works in this one.")
     ] = None,
@@ -96,6 +105,7 @@ def command(
         "audits": listed(audits) or None,
         "seeds": _seeds(seeds),
         "controls": controls,
+        "in_turn": True if in_turn else None,
         "store": store,
         "imports": imports or None,
     }
@@ -124,6 +134,8 @@ def _seeds(text: str | None) -> int | list[int] | None:
 
 def _present(result: StudyResult, page: bool, as_json: bool) -> None:
     """The table, and where everything lies."""
+    from palimpsest.study.turns import in_turn, turns_of, turns_table
+
     written: dict[str, Any] = {"results": result.save(result.folder / "results.json")}
     if page and result.reports:
         from palimpsest.report import write_report
@@ -138,11 +150,14 @@ def _present(result: StudyResult, page: bool, as_json: bool) -> None:
                 "cells": len(result.cells),
                 "failed": [_failure(cell) for cell in result.failures],
                 "summary": [item.to_dict() for item in result.summary()],
+                **({"in_turn": [item.to_dict() for item in turns_of(result)]} if in_turn(result) else {}),
                 **written,
             }
         )
         return
     show(result.table())
+    if in_turn(result):
+        show(turns_table(result))
     for failure in result.failed:
         say(f"failed: {failure}")
     for what, place in written.items():

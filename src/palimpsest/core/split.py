@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -85,6 +86,55 @@ class ForgetSplit:
         """Sizes of the parts in one line."""
         sizes = ", ".join(f"{name} {len(part)}" for name, part in self.parts.items())
         return f"{self.description}: {sizes}"
+
+
+def in_turn(requests: Sequence[ForgetSplit]) -> list[ForgetSplit]:
+    """Requests on one training set that follow each other: each without the records that are gone by then.
+
+    Test and holdout records of classes that earlier requests took wholly are left out as well.
+
+    Raises:
+        EmptyForgetSet, ForgetCoversEverything: If a request asks for nothing more, or for all that is left.
+    """
+    gone: set[str] = set()
+    turns: list[ForgetSplit] = []
+    for request in requests:
+        turns.append(_without(gone, request, request.forget, request.retain, request.description))
+        gone |= set(request.forget.ids)
+    return turns
+
+
+def at_the_end(turns: Sequence[ForgetSplit]) -> list[ForgetSplit]:
+    """All but the last of the requests of `in_turn`, seen from the end: only the last one's records are retained."""
+    last = turns[-1]
+    return [
+        _without(set(), turn, turn.forget, last.retain, f"{turn.description}, at the end")
+        for turn in turns[:-1]
+    ]
+
+
+def _without(
+    gone: set[str], request: ForgetSplit, forget: Records, retain: Records | None, description: str
+) -> ForgetSplit:
+    """A request about `forget` and `retain` without what is gone, tested on the classes that remain."""
+
+    def left(records: Records | None) -> Records | None:
+        if records is None or not gone:
+            return records
+        return records.select(np.array([identifier not in gone for identifier in records.ids], bool))
+
+    kept = [part for part in (left(forget), left(retain)) if part is not None]
+
+    def of_their_classes(records: Records | None) -> Records | None:
+        if records is None or not all(part.has_column("label") for part in (records, *kept)):
+            return records
+        present = np.concatenate([part.column("label") for part in kept])
+        return records.select(np.isin(records.column("label"), present))
+
+    if len(kept[0]) == 0:
+        raise EmptyForgetSet(f"The request ({description}) matches no record that earlier ones left.")
+    test, holdout = of_their_classes(request.test), of_their_classes(request.holdout)
+    return ForgetSplit(kept[0], kept[1] if len(kept) > 1 else None, test, holdout, description)
 
 
 def split(

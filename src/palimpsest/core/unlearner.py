@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import nn
@@ -12,6 +12,7 @@ from palimpsest.core.errors import InvalidHyperparameter, UnknownName
 from palimpsest.core.needs import Need
 from palimpsest.core.registry import Registry
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Searchable
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 
@@ -40,6 +41,7 @@ class Card:
         needs: What it must be given.
         tasks: Domains that it works in; "any" for methods that use only the calls of `Task`.
         paper: Where it was published; None for folklore.
+        search: Where `palimpsest tune` looks for hyperparameters, by field.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Card:
     needs: frozenset[Need]
     tasks: tuple[str, ...]
     paper: Paper | None
+    search: Mapping[str, Searchable] = field(default_factory=dict[str, Searchable])
 
 
 @runtime_checkable
@@ -72,8 +75,12 @@ def unlearner(
     needs: Iterable[Need],
     tasks: tuple[str, ...] = ("any",),
     paper: Paper | None = None,
+    search: Mapping[str, Searchable] | None = None,
 ) -> Callable[[type[C]], type[C]]:
     """Class decorator that makes a dataclass with `unlearn` a method called `name`.
+
+    Raises:
+        UnknownName: If `search` names what is no field; suggests the nearest.
 
     Example:
         >>> from dataclasses import dataclass
@@ -90,7 +97,9 @@ def unlearner(
 
     def decorate(cls: type[C]) -> type[C]:
         summary = (cls.__doc__ or "").strip().partition("\n")[0]
-        cls.card = Card(name, summary, frozenset(needs), tasks, paper)  # pyright: ignore[reportAttributeAccessIssue]
+        if search:
+            check_settings("method", cls, name, search)
+        cls.card = Card(name, summary, frozenset(needs), tasks, paper, search or {})  # pyright: ignore[reportAttributeAccessIssue]
         UNLEARNERS.register(name)(cast(type[Unlearner], cls))
         return cls
 
@@ -104,14 +113,23 @@ def build(kind: str, cls: type[C], name: str, settings: Mapping[str, Any]) -> C:
         UnknownName: For a setting that the class has not; suggests the nearest.
         InvalidHyperparameter: For a value that the class refuses.
     """
-    known = [item.name for item in fields(cast(Any, cls)) if item.init]
-    for key in settings:
-        if key not in known:
-            raise UnknownName(f"hyperparameter of {kind} '{name}'", key, known)
+    check_settings(kind, cls, name, settings)
     try:
         return cls(**settings)
     except (TypeError, ValueError) as problem:
         raise InvalidHyperparameter(f"{kind} '{name}': {problem}") from problem
+
+
+def check_settings(kind: str, cls: type, name: str, settings: Iterable[str]) -> None:
+    """Check that settings are fields of a registered dataclass.
+
+    Raises:
+        UnknownName: For one that is not; suggests the nearest.
+    """
+    known = [item.name for item in fields(cast(Any, cls)) if item.init]
+    for key in settings:
+        if key not in known:
+            raise UnknownName(f"hyperparameter of {kind} '{name}'", key, known)
 
 
 def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:

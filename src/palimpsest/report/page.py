@@ -29,6 +29,7 @@ from palimpsest.report.per_class import class_chart
 from palimpsest.report.style import colours
 from palimpsest.report.tables import finding_rows, headings, judgements
 from palimpsest.report.trade_off import forgetting_chart, privacy_chart
+from palimpsest.report.turns import turns_chart
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ PANELS = (
           "records. Bars are 95 % intervals over seeds.", forgetting_chart),
     Panel("privacy", "Privacy and utility", "How well an attacker tells the forget records from records that no model "
           "has seen. Good is close to the star.", privacy_chart),
+    Panel("turns", "Request after request", "Every request is put to the model that the answer to the one before left. "
+          "K: 0 as never trained on, 1 untouched.", turns_chart, wide=True),
     Panel("classes", "Accuracy by class", "Change against the original in points. A method should change what "
           "retraining changes, and nothing else.", class_chart, wide=True),
     Panel("roc", "Membership attack", "Both axes logarithmic: the left end shows what an attacker learns who must not "

@@ -38,6 +38,7 @@ def specification(
     requests: Sequence[str],
     where: str = "",
     choices: Sequence[alt.Parameter] = (),
+    every_request: bool = False,
 ) -> dict[str, Any]:
     """A chart as Vega-Lite, with its table: shows one request at a time and listens to the focus.
 
@@ -47,8 +48,10 @@ def specification(
         requests: All that there are.
         where: A further condition on rows.
         choices: Menus below the chart that `where` refers to.
+        every_request: Whether rows are shown whichever request is picked (they need not name one).
     """
-    condition = " && ".join(part for part in ("datum.request == request", where) if part)
+    picked = "" if every_request else "datum.request == request"
+    condition = " && ".join(part for part in (picked, where) if part) or "true"
     shared = [alt.param(name="request", value=requests[0]), alt.param(name="focus", value=[])]
     # Altair checks every step as it is made; the table is put in last, so that it is not checked row by row.
     plain = chart.transform_filter(condition).add_params(*shared, *choices).to_dict(validate=False)

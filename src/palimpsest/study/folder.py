@@ -16,7 +16,18 @@ from palimpsest.study.recipe import Method, Recipe, load_recipe
 from palimpsest.study.request import Request
 
 RECIPE, DATABASE, ARTIFACTS, LOCK = "recipe.yaml", "study.sqlite", "artifacts", ".lock"
-FIXED = ("data", "model", "training", "split", "audits", "controls", "threads", "device", "artifacts")
+FIXED = (
+    "data",
+    "model",
+    "training",
+    "split",
+    "audits",
+    "controls",
+    "threads",
+    "device",
+    "artifacts",
+    "in_turn",
+)
 """Keys on which every cell of a folder agrees; requests, methods and seeds may be added."""
 
 

@@ -36,6 +36,10 @@ class Job:
         needs: Keys of the weights that it reads: of the original, then of the controls.
         hashes: SHA-256 of these weights, known once they are written.
         retraining_seconds: Mean time of retraining, likewise.
+        start: Key of the weights that the method starts from; empty for the original.
+        start_hash: SHA-256 of these weights, likewise.
+        review: Whether the model at `start` is only audited again, for a request that it met earlier.
+        step: Cells of one step do not wait for each other, only for those of earlier steps.
         affinity: Jobs of one affinity share passes and should run in one process.
         title: For progress bars.
     """
@@ -51,6 +55,10 @@ class Job:
     needs: tuple[str, ...] = ()
     hashes: tuple[str, ...] = ()
     retraining_seconds: float | None = None
+    start: str = ""
+    start_hash: str = ""
+    review: bool = False
+    step: int = 0
     affinity: str = ""
     title: str = ""
 
@@ -64,7 +72,7 @@ class Plan:
         controls: Retrained models, per request.
         cells: In the order of tables: by request, method, seed.
         methods: The recipe's, with retraining added if it is not among them.
-        requests: In words.
+        requests: In words; those of a review follow the others.
     """
 
     originals: tuple[Job, ...]
@@ -145,6 +153,7 @@ class _Planner:
         originals: dict[str, Job] = {}
         controls: dict[str, Job] = {}
         cells: list[Job] = []
+        left: dict[tuple[int, str], str] = {}
         for request in range(len(self.splits)):
             own = [self._control(request, CONTROL_SEED + number) for number in range(self.recipe.controls)]
             controls |= {job.key: job for job in own}
@@ -152,11 +161,16 @@ class _Planner:
                 job = self._original(request, seeds)
                 originals.setdefault(job.key, job)
             for method in range(-1, len(self.methods)):
-                cells += [self._cell(request, method, seeds, own) for seeds in self.recipe.seeds]
+                for seeds in self.recipe.seeds:
+                    chain = (method, seeds.model_dump_json())
+                    cells.append(self._cell(request, method, seeds, own, left.get(chain, "")))
+                    if self.recipe.in_turn and method >= 0 and not cells[-1].review:
+                        left[chain] = cells[-1].key
         words = tuple(split.description for split in self.splits)
         return Plan(tuple(originals.values()), tuple(controls.values()), tuple(cells), self.methods, words)
 
     def _original(self, request: int, seeds: Seeds) -> Job:
+        request = 0 if self.recipe.in_turn else request
         key = content_hash("original", self.base, self.splits[request].train.ids, seeds.training)
         return self._job("original", key, request, dict.fromkeys(POINTS, seeds.training), title="original")
 
@@ -165,15 +179,19 @@ class _Planner:
         key = content_hash("control", self.base, retain.ids if retain else [], seed)
         return self._job("control", key, request, dict.fromkeys(POINTS, seed), title="control")
 
-    def _cell(self, request: int, number: int, seeds: Seeds, controls: Sequence[Job]) -> Job:
+    def _cell(self, request: int, number: int, seeds: Seeds, controls: Sequence[Job], start: str) -> Job:
         method = self.methods[number] if number >= 0 else Method(name=ORIGINAL)
-        start = self._original(request, seeds).key
         parts = {name: part.ids for name, part in self.splits[request].parts.items()}
-        needs = (start, *(job.key for job in controls))
+        needs = (self._original(request, seeds).key, *(job.key for job in controls))
         what = [method.name, method.settings, self.code.get(method.name, ""), seeds.model_dump()]
+        turns = len(self.recipe.forget)
+        review = request >= turns
+        follows = [start, review] if self.recipe.in_turn else []
         return self._job(
-            "cell", content_hash("cell", what, parts, needs, self.asked), request, seeds.model_dump(),
-            method=number, needs=needs, affinity=f"{request}/{seeds.training}/{seeds.auditing}", title=method.title,
+            "cell", content_hash("cell", what, parts, needs, self.asked, *follows), request, seeds.model_dump(),
+            method=number, needs=needs, start=start, review=review,
+            step=min(request, turns) if self.recipe.in_turn else 0,
+            affinity=f"{request}/{seeds.training}/{seeds.auditing}", title=method.title,
         )  # fmt: skip
 
     def _job(

@@ -149,6 +149,9 @@ class Recipe(Part):
         store: SQLAlchemy URL; a SQLite file in the run folder by default.
         artifacts: Folder or fsspec URL of the weights; "artifacts" in the run folder by default.
         keep_models: Whether the unlearned weights are kept.
+        in_turn: Whether the requests follow each other: every method meets each request with the model that
+            its answer to the one before left, and without the records that are gone by then. At the end all
+            earlier requests are audited once more. Otherwise every request is put to the original.
         imports: Python modules to import first, for what they register.
     """
 
@@ -171,6 +174,7 @@ class Recipe(Part):
     store: str | None = None
     artifacts: str | None = None
     keep_models: bool = True
+    in_turn: bool = False
     imports: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -189,6 +193,8 @@ class Recipe(Part):
                 raise ValueError(f"the {kind} {twice[0]} is listed twice")
         if any(method.title == "original" for method in self.methods):
             raise ValueError("'original' is always among the rows and cannot be the label of a method")
+        if self.in_turn and not self.keep_models:
+            raise ValueError("requests in turn need the models that are left (keep_models)")
         return self
 
     def plain(self) -> dict[str, Any]:

@@ -41,7 +41,9 @@ class Run:
             CannotWrite: If results cannot be written; what was written before stays.
         """
         status = self.store.statuses(job.key for job in self.plan.cells)
-        cells = [job for job in self.plan.cells if status.get(job.key, "waiting") in {"waiting", *self.again}]
+        cells = self._with_what_they_follow(
+            [job for job in self.plan.cells if status.get(job.key, "waiting") in {"waiting", *self.again}]
+        )
         needed = {key for job in cells for key in job.needs}
         originals, controls = (
             self._untrained([job for job in wave if job.key in needed])
@@ -73,15 +75,50 @@ class Run:
                 self.lost[done.key] = done
 
     def _run_cells(self, cells: Sequence[Job]) -> None:
+        steps: dict[int, list[Job]] = {}
+        for job in cells:
+            steps.setdefault(job.step, []).append(job)
+        for step in sorted(steps):
+            self._run_step(steps[step])
+
+    def _run_step(self, cells: Sequence[Job]) -> None:
         by_key = {job.key: job for job in cells}
-        ready = [job for job in cells if not self.lost.keys() & set(job.needs)]
+        self._note_missing(cells)
+        ready = [job for job in cells if not self.lost.keys() & {*job.needs, job.start}]
         for done in self._results(self._informed(ready), "forgetting and auditing"):
-            self._put(by_key.pop(done.key), done)
+            self._put(by_key[done.key], done)
+            del by_key[done.key]
         for job in by_key.values():
-            cause = next(self.lost[key] for key in job.needs if key in self.lost)
-            reason = f"its models could not be trained: {cause.reason}"
+            key = next(key for key in (*job.needs, job.start) if key in self.lost)
+            cause = self.lost[key]
+            said = (
+                "the request before could not be met"
+                if key == job.start
+                else "its models could not be trained"
+            )
+            reason = cause.reason if cause.reason.startswith(said) else f"{said}: {cause.reason}"
             self._put(job, replace(cause, key=job.key, reason=reason))
             self.bar.advance(self.task)
+
+    def _with_what_they_follow(self, cells: Sequence[Job]) -> list[Job]:
+        """The cells, and those that left a model which one of them starts from and which is not there any more."""
+        by_key = {job.key: job for job in self.plan.cells}
+        wanted = {job.key for job in cells}
+        known = self.store.artifacts(job.start for job in self.plan.cells if job.start)
+        for job in sorted(self.plan.cells, key=lambda job: -job.step):
+            if job.key not in wanted or job.start not in known or job.start in wanted:
+                continue
+            if not is_sound(by_key[job.start].place, job.start, known[job.start].sha256):
+                wanted.add(job.start)
+        return [job for job in self.plan.cells if job.key in wanted]
+
+    def _note_missing(self, cells: Sequence[Job]) -> None:
+        """Note which models to start from were never left, because their own cell failed."""
+        starts = {job.start for job in cells if job.start}
+        missing = starts - self.store.artifacts(starts).keys() - self.lost.keys()
+        for key, row in self.store.cells(missing).items():
+            status = "crashed" if row.status == "crashed" else "failed"
+            self.lost[key] = Done(key, status, row.reason or "its model was not kept")
 
     def _results(self, jobs: Sequence[Job], title: str) -> Iterable[Done]:
         if jobs:
@@ -94,13 +131,14 @@ class Run:
 
     def _informed(self, cells: Sequence[Job]) -> list[Job]:
         """Cells with hashes of their models and the mean time of retraining, by what passes they share."""
-        known = self.store.artifacts({key for job in cells for key in job.needs})
+        known = self.store.artifacts({key for job in cells for key in (*job.needs, job.start) if key})
         informed: list[Job] = []
         for job in sorted(cells, key=lambda job: job.affinity):
             times = [time for key in job.needs[1:] if (time := known[key].seconds) is not None]
             mean = float(np.mean(times)) if times else None
             hashes = tuple(known[key].sha256 for key in job.needs)
-            informed.append(replace(job, hashes=hashes, retraining_seconds=mean))
+            start = known[job.start].sha256 if job.start else ""
+            informed.append(replace(job, hashes=hashes, retraining_seconds=mean, start_hash=start))
         return informed
 
     def _put(self, job: Job, done: Done) -> None:

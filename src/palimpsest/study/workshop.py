@@ -31,7 +31,7 @@ from palimpsest.core.evidence import Evidence
 from palimpsest.core.needs import require
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
-from palimpsest.core.split import ForgetSplit, split
+from palimpsest.core.split import ForgetSplit, at_the_end, in_turn, split
 from palimpsest.core.unlearner import build
 from palimpsest.data import parse_data
 from palimpsest.forget import build_unlearner, forget, needs_met
@@ -123,7 +123,7 @@ class Workshop:
 
     @cached_property
     def splits(self) -> list[ForgetSplit]:
-        """One split per request, in order.
+        """One split per request, in order; of requests in turn, then one per review at the end.
 
         Raises:
             InvalidRecipe: If two requests go by one name.
@@ -139,7 +139,10 @@ class Workshop:
                 raise InvalidRecipe(
                     f"Two requests are called '{name}': leave one out, or give them a name each."
                 )
-        return made
+        if not self.recipe.in_turn:
+            return made
+        turns = in_turn(made)
+        return [*turns, *at_the_end(turns)]
 
     def plan(self, place: str) -> Plan:
         """All jobs, with weights kept at `place`.
@@ -160,7 +163,7 @@ class Workshop:
             PalimpsestError: The first problem, in words.
         """
         runtime = self.runtime(0)
-        network = runtime.place(self._network(0))
+        network = runtime.place(self.network(0))
         setattr(network, RECIPE_ATTRIBUTE, self.recipe.training.recipe())
         self._audits()
         for parts in self.splits:
@@ -178,7 +181,7 @@ class Workshop:
         Raises:
             UnreadableCheckpoint: If its weights are gone.
         """
-        return load_model(place_of(job.place, job.needs[0]), self._network(0))
+        return load_model(place_of(job.place, job.needs[0]), self.network(0))
 
     def do(self, job: Job, started: datetime) -> Done:
         """Train a model, or run and audit a cell."""
@@ -187,35 +190,39 @@ class Workshop:
 
     def _training(self, job: Job, started: datetime) -> Done:
         seed = job.seeds["training"]
-        parts, runtime, recipe = self.splits[job.request], self.runtime(seed), self.recipe.training.recipe()
+        runtime, recipe = self.runtime(seed), self.recipe.training.recipe()
+        parts = self.splits[job.request]
         make = train_original if job.kind == "original" else train_control
         with measuring(runtime.torch_device) as measured:
-            model = make(self._network(seed), parts, self.task, runtime, recipe)
+            model = make(self.network(seed), parts, self.task, runtime, recipe)
         sha256 = save_model(model, place_of(job.place, job.key))
         return Done(job.key, "done", "", "", started, measured.seconds, measured.peak_bytes, sha256)
 
     def _cell(self, job: Job, started: datetime) -> Done:
         shared = self._shared(job)
-        unlearned, measured = self._unlearned(job, cast(nn.Module, shared.original))
+        start = cast(nn.Module, shared.original)
+        if job.start:
+            start = load(job.place, job.start, job.start_hash, self.network(0))
+        unlearned, measured = self._unlearned(job, start)
         seconds = {**shared.seconds, "unlearned": measured.seconds}
         evidence = shared.judging(unlearned, seconds=seconds, peak_bytes=measured.peak_bytes)
         report = audit_verb.examine(evidence, self._audits(), self._facts(job, measured))
         self._keep(evidence)
         sha256 = ""
-        if self.recipe.keep_models and job.method >= 0:
+        if self.recipe.keep_models and job.method >= 0 and not job.review:
             sha256 = save_model(unlearned, place_of(job.place, job.key))
         plain = cast(dict[str, Any], finite(report.to_dict()))
         return Done(job.key, "done", "", "", started, measured.seconds, measured.peak_bytes, sha256, plain)
 
-    def _unlearned(self, job: Job, original: nn.Module) -> tuple[nn.Module, Measured]:
+    def _unlearned(self, job: Job, start: nn.Module) -> tuple[nn.Module, Measured]:
         """The cell's model, and what making it took: only the method is measured."""
-        if job.method < 0:
-            return original, Measured()
+        if job.method < 0 or job.review:
+            return start, Measured()
         method = methods_of(self.recipe)[job.method]
         unlearner = build_unlearner(method.name, dict(method.settings))
         runtime = self.runtime(job.seeds["unlearning"])
         with measuring(runtime.torch_device) as measured:
-            unlearned = forget(original, self.splits[job.request], unlearner, self.task, runtime=runtime)
+            unlearned = forget(start, self.splits[job.request], unlearner, self.task, runtime=runtime)
         return unlearned, measured
 
     def _facts(self, job: Job, measured: Measured) -> dict[str, Any]:
@@ -229,6 +236,8 @@ class Workshop:
             "request": self.splits[job.request].description,
             "seed": job.seeds["training"],
             "seeds": dict(job.seeds),
+            "step": job.step,
+            "review": job.review,
             "seconds": measured.seconds,
             "peak_bytes": measured.peak_bytes,
             "retraining_seconds": retraining,
@@ -241,7 +250,7 @@ class Workshop:
         """Evidence with the original and the controls of a cell; the last one is kept."""
         key = content_hash(job.affinity, job.needs, job.hashes)
         if self._evidence is None or self._evidence[0] != key:
-            network = self._network(0)
+            network = self.network(0)
             original, *controls = (
                 load(job.place, needed, sha256, network)
                 for needed, sha256 in zip(job.needs, job.hashes, strict=True)
@@ -259,7 +268,7 @@ class Workshop:
         if self._evidence is not None and evidence.original is not None:
             self._evidence = (self._evidence[0], evidence.judging(evidence.original))
 
-    def _network(self, seed: int) -> nn.Module:
+    def network(self, seed: int) -> nn.Module:
         """The architecture with fresh weights."""
         return architecture(self.recipe, tuple(self.records[0]["input"].shape), self._classes, seed)
 

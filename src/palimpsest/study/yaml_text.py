@@ -12,11 +12,16 @@ class NumberLoader(yaml.SafeLoader):
     """The safe loader, with the numbers of YAML 1.2: PyYAML takes `1e-3` for text."""
 
 
-NumberLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class NumberDumper(yaml.SafeDumper):
+    """The safe dumper, which puts texts that look like such a number between quotes."""
+
+
+for side in (NumberLoader, NumberDumper):
+    side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def read_yaml(text: str) -> Any:
@@ -37,4 +42,4 @@ def write_yaml(data: Any) -> str:
 
     Only ASCII is written: PyYAML does not read back some line breaks of Unicode that it writes.
     """
-    return yaml.safe_dump(data, sort_keys=False)
+    return yaml.dump(data, Dumper=NumberDumper, sort_keys=False)

@@ -14,6 +14,7 @@ from palimpsest.core.errors import InvalidHyperparameter, MissingNeed
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
@@ -33,6 +34,7 @@ from palimpsest.parts.training import TrainingRecipe, step
         "AAAI 2023",
         "2205.08096",
     ),
+    search={"lr": Span(1e-4, 3e-3, log=True), "epochs": Span(1, 5, integer=True)},
 )
 @dataclass(frozen=True)
 class BadTeacher:

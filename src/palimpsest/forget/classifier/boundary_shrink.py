@@ -15,6 +15,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.parts.pairing import shuffled
@@ -33,6 +34,11 @@ GRAY_LEVELS = 255
         "Boundary Unlearning: Rapid Forgetting of Deep Networks via Shifting the Decision Boundary",
         "CVPR 2023",
     ),
+    search={
+        "epsilon": Span(0.05, 0.5),
+        "lr": Span(1e-5, 3e-3, log=True),
+        "epochs": Span(1, 10, integer=True),
+    },
 )
 @dataclass(frozen=True)
 class BoundaryShrink:

@@ -11,6 +11,7 @@ from torch import nn
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed
 from palimpsest.core.needs import Need
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import check_range, unlearner
@@ -20,7 +21,11 @@ from palimpsest.parts.parameters import snapshot
 from palimpsest.parts.training import TrainingRecipe, step
 
 
-@unlearner("finetune", needs={Need.MODEL, Need.RETAIN_DATA, Need.RETAIN_LABELS})
+@unlearner(
+    "finetune",
+    needs={Need.MODEL, Need.RETAIN_DATA, Need.RETAIN_LABELS},
+    search={"lr": Span(1e-3, 0.3, log=True), "epochs": Span(1, 10, integer=True)},
+)
 @dataclass(frozen=True)
 class FineTune:
     """Go on training on the retained records alone, and hope that the rest fades.

@@ -16,6 +16,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.parts.importance import Importance
@@ -40,6 +41,7 @@ LARGEST_EMPIRICAL_DEVIATION = 1e-3
         "CVPR 2020",
         "1911.04933",
     ),
+    search={"alpha": Span(1e-9, 1e-5, log=True)},
 )
 @dataclass(frozen=True)
 class FisherNoise:

@@ -16,6 +16,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import check_range, unlearner
@@ -31,6 +32,7 @@ SPARED = 0.97
     "gradient-ascent",
     needs={Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS},
     tasks=("classification",),
+    search={"lr": Span(1e-5, 3e-3, log=True), "epochs": Span(1, 10, integer=True)},
 )
 @dataclass(frozen=True)
 class GradientAscent:

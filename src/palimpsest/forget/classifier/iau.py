@@ -13,6 +13,7 @@ from torch import nn
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed
 from palimpsest.core.needs import Need
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
@@ -27,6 +28,7 @@ log = logging.getLogger("palimpsest")
     "iau",
     needs={Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS, Need.RETAIN_DATA, Need.RETAIN_LABELS},
     paper=Paper("Efficient Machine Unlearning via Influence Approximation", "arXiv 2025", "2507.23257"),
+    search={"lr": Span(5e-4, 1e-2, log=True)},
 )
 @dataclass(frozen=True)
 class IAU:

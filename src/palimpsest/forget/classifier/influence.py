@@ -15,6 +15,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
@@ -26,6 +27,7 @@ from palimpsest.parts.parameters import trainable
     "influence",
     needs={Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS, Need.RETAIN_DATA, Need.RETAIN_LABELS},
     paper=Paper("Model Sparsity Can Simplify Machine Unlearning", "NeurIPS 2023", "2304.04934"),
+    search={"alpha": Span(0.1, 30, log=True)},
 )
 @dataclass(frozen=True)
 class Influence:

@@ -12,6 +12,7 @@ from torch import nn
 from palimpsest.core.errors import InvalidHyperparameter
 from palimpsest.core.needs import Need
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, unlearner
@@ -23,6 +24,7 @@ from palimpsest.parts.importance import Importance, Measure, measure_importance
     "lfssd",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     paper=Paper("Loss-Free Machine Unlearning", "ICLR 2024 Tiny Papers", "2402.19308"),
+    search={"alpha": Span(1, 100, log=True), "dampening": Span(0.1, 1)},
 )
 @dataclass(frozen=True)
 class LFSSD:

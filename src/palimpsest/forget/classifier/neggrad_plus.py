@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed
 from palimpsest.core.needs import Need
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
@@ -25,6 +26,7 @@ from palimpsest.parts.training import TrainingRecipe, step
     "neggrad-plus",
     needs={Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS, Need.RETAIN_DATA, Need.RETAIN_LABELS},
     paper=Paper("Towards Unbounded Machine Unlearning", "NeurIPS 2023", "2302.09880"),
+    search={"beta": Span(0.8, 0.999), "lr": Span(1e-3, 0.1, log=True), "epochs": Span(2, 10, integer=True)},
 )
 @dataclass(frozen=True)
 class NegGradPlus:

@@ -16,6 +16,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, unlearner
@@ -33,6 +34,7 @@ FalseLabels = Callable[[Batch], Int[Tensor, " batch"]]
     needs={Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS, Need.RETAIN_DATA, Need.RETAIN_LABELS},
     tasks=("classification",),
     paper=Paper("Amnesiac Machine Learning", "AAAI 2021", "2010.10981"),
+    search={"lr": Span(1e-4, 3e-3, log=True), "epochs": Span(1, 8, integer=True)},
 )
 @dataclass(frozen=True)
 class RandomLabel:

@@ -17,6 +17,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
@@ -41,6 +42,7 @@ from palimpsest.parts.training import TrainingRecipe, step
         "ICLR 2024",
         "2310.12508",
     ),
+    search={"ratio": Span(0.2, 0.8), "lr": Span(1e-3, 0.05, log=True), "epochs": Span(2, 10, integer=True)},
 )
 @dataclass(frozen=True)
 class SalUn:

@@ -15,6 +15,7 @@ from palimpsest.core.errors import InvalidHyperparameter, MissingNeed
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.parts.distillation import kl_divergence
@@ -32,6 +33,11 @@ INFINITY = float("inf")
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA, Need.RETAIN_LABELS},
     tasks=("classification",),
     paper=PAPER,
+    search={
+        "lr": Span(1e-4, 3e-3, log=True),
+        "epochs": Span(3, 8, integer=True),
+        "msteps": Span(1, 3, integer=True),
+    },
 )
 @dataclass(frozen=True)
 class SCRUB:

@@ -14,6 +14,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import unlearner
 from palimpsest.forget.classifier.scrub import PAPER, SCRUB, students
@@ -25,6 +26,11 @@ from palimpsest.tasks.classification import Classification
     needs={Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS, Need.RETAIN_DATA, Need.RETAIN_LABELS},
     tasks=("classification",),
     paper=PAPER,
+    search={
+        "lr": Span(1e-4, 3e-3, log=True),
+        "epochs": Span(3, 8, integer=True),
+        "msteps": Span(1, 3, integer=True),
+    },
 )
 @dataclass(frozen=True)
 class ScrubRewind(SCRUB):

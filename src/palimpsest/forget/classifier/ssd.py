@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed, ModelMismatch
 from palimpsest.core.needs import Need
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
@@ -35,6 +36,7 @@ from palimpsest.parts.parameters import trainable
         "AAAI 2024",
         "2308.07707",
     ),
+    search={"alpha": Span(1, 100, log=True), "dampening": Span(0.1, 1)},
 )
 @dataclass(frozen=True)
 class SSD:
