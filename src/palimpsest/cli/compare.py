@@ -62,6 +62,12 @@ def command(
             "and the earlier ones are audited again at the end.",
         ),
     ] = False,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Hyperparameters that `palimpsest tune` found, on another request."
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes of this machine; 0 works in this one.")
     ] = None,
@@ -111,11 +117,14 @@ def command(
     }
     import_modules(imports)
     from palimpsest.study.compare import compare
+    from palimpsest.study.recipe import load_recipe
+    from palimpsest.study.tuning import load_tuned, with_tuned
 
     said = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
-    result = compare(
-        recipe or {}, out, [*said, *(change or [])], workers, progress=True, wait=wait, retry=retry
-    )
+    whole = load_recipe(recipe or {}, [*said, *(change or [])])
+    if tuned is not None:
+        whole = with_tuned(whole, load_tuned(tuned))
+    result = compare(whole, out, workers=workers, progress=True, wait=wait, retry=retry)
     _present(result, page, as_json)
     if _all_failed(result):
         raise typer.Exit(ALL_FAILED)

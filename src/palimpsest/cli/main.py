@@ -16,16 +16,18 @@ from palimpsest.cli import (
     compare,
     data,
     forget,
+    leaderboard,
     methods,
     models,
     replicate,
     report,
+    tune,
 )
 from palimpsest.cli.output import complain, say
 from palimpsest.core.errors import PalimpsestError
 
 BAD_INPUT, INTERRUPTED = 2, 130
-RESUMABLE = ("compare", "replicate")
+RESUMABLE = ("compare", "tune", "replicate", "leaderboard")
 
 
 class Verbs(TyperGroup):
@@ -79,7 +81,8 @@ def options(
     """
 
 
-for verb in (compare, forget, audit, report, methods, audits, advise, replicate, data, models):
+VERBS = (compare, forget, audit, tune, report, methods, audits, advise, replicate, leaderboard, data, models)
+for verb in VERBS:
     app.command(verb.__name__.rpartition(".")[2], epilog=verb.EXAMPLE)(verb.command)
 
 

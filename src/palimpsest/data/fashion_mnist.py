@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from palimpsest.core.errors import InvalidRecords
 from palimpsest.core.records import Records
+from palimpsest.data.merging import merge_classes
 from palimpsest.data.registry import dataset
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -32,7 +34,12 @@ CLASSES = (
 
 
 @dataset("fashion-mnist")
-def fashion_mnist(root: str | Path | None = None, part: str = "train", limit: int | None = None) -> Records:
+def fashion_mnist(
+    root: str | Path | None = None,
+    part: str = "train",
+    limit: int | None = None,
+    merge: Sequence[Sequence[int | str]] = (),
+) -> Records:
     """Gray images, input [1, 28, 28] in [0, 1], label 0 to 9, column "class" with the name.
 
     Args:
@@ -40,9 +47,12 @@ def fashion_mnist(root: str | Path | None = None, part: str = "train", limit: in
             does; by default the folder of Debian's package `dataset-fashion-mnist`.
         part: "train" (60,000), "test" (10,000) or "all".
         limit: Only the first so many records of each part.
+        merge: Groups of classes, by number or name, that become one class each; the column "class" keeps the
+            names, so that a part of such a class can be forgotten ("class=sneaker").
 
     Raises:
-        InvalidRecords: If the files are not there or damaged, saying how to get them.
+        InvalidRecords: If the files are not there or damaged, saying how to get them; if classes to merge
+            are unknown.
     """
     if part not in ("train", "test", "all"):
         raise InvalidRecords(f"part must be 'train', 'test' or 'all', not {part!r}.")
@@ -56,6 +66,7 @@ def fashion_mnist(root: str | Path | None = None, part: str = "train", limit: in
     target = np.concatenate(labels).astype(np.int64)
     inputs = torch.from_numpy(np.concatenate(images)).float().div_(255.0).unsqueeze(1)
     names = np.asarray(CLASSES, dtype=object)[target]
+    target = merge_classes(target, merge, CLASSES) if merge else target
     return Records(TensorDataset(inputs, torch.from_numpy(target)), ids=ids, columns={"class": names})
 
 

@@ -74,15 +74,16 @@ class CellResult:
 
     def value(self, finding: str) -> float | None:
         """The value of a finding ("utility.test_accuracy"), or None if there is none."""
-        found = self._finding(finding)
+        found = self.finding(finding)
         return None if found is None else found.value
 
     def k(self, finding: str) -> float | None:
         """The K of a finding, or None if there is none or its probe is invalid."""
-        found = self._finding(finding)
+        found = self.finding(finding)
         return None if found is None else found.k
 
-    def _finding(self, key: str) -> Finding | None:
+    def finding(self, key: str) -> Finding | None:
+        """A finding ("utility.test_accuracy"), or None if there is none."""
         if self.report is None:
             return None
         return next((item for item in self.report.findings if item.key == key), None)

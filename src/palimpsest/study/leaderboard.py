@@ -1,0 +1,305 @@
+"""The leaderboard: methods tuned on one request, reported on others, board by board, against retraining."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, JsonValue, ValidationError
+
+from palimpsest.core.errors import InvalidRecipe
+from palimpsest.core.unlearner import UNLEARNERS
+from palimpsest.core.writing import check_writable, write_text
+from palimpsest.study.compare import compare
+from palimpsest.study.plan import ORIGINAL, RETRAIN
+from palimpsest.study.recipe import Recipe, load_recipe
+from palimpsest.study.replication import versions
+from palimpsest.study.request import Part
+from palimpsest.study.result import CellResult, Mean, StudyResult, mean_and_half_width
+from palimpsest.study.tuning import GAPS, Tuned, gap_of, tune, with_tuned
+from palimpsest.study.yaml_text import read_yaml
+
+COLUMNS = {
+    "retain": "retained accuracy",
+    "test": "test accuracy",
+    "gap forget": "forget accuracy gap",
+    "gap membership": "membership AUC gap",
+    "gap relearning": "relearning gap",
+    "gap representation": "representation gap",
+    "share": "share of retraining",
+}
+PERCENT = ("retain", "test", "gap forget", "share")
+
+
+class Board(Part):
+    """One setting of a leaderboard.
+
+    Attributes:
+        title: In words.
+        recipe: Data, model, training and split of a study; seeds and methods come from the leaderboard.
+        tune: Requests that hyperparameters are searched on.
+        forget: Requests that are reported.
+        skip: Methods that cannot run here, with the reason.
+        trials: Of the search, if not as the leaderboard says.
+    """
+
+    title: str
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    tune: list[JsonValue] = Field(min_length=1)
+    forget: list[JsonValue] = Field(min_length=1)
+    skip: dict[str, str] = Field(default_factory=dict[str, str])
+    trials: int | None = Field(default=None, ge=1)
+
+
+class Leaderboard(Part):
+    """A file of `leaderboards/`.
+
+    Attributes:
+        name: Of the results.
+        title: In words.
+        methods: By name, with settings that are not searched; all for the task if there are none.
+        skip: Methods that are left out of all boards, with the reason.
+        seeds: Number of seeds that are reported.
+        trials: Of the search, per method.
+        budget: Largest share of the retraining time.
+        boards: By key.
+    """
+
+    name: str
+    title: str
+    methods: list[JsonValue] = Field(default_factory=list[JsonValue])
+    skip: dict[str, str] = Field(default_factory=dict[str, str])
+    seeds: int = Field(default=3, ge=1)
+    trials: int = Field(default=10, ge=1)
+    budget: float = Field(default=1.0, gt=0)
+    boards: dict[str, Board] = Field(min_length=1)
+
+
+def load_leaderboard(path: str | Path) -> Leaderboard:
+    """A leaderboard from its file.
+
+    Raises:
+        InvalidRecipe: If it cannot be used.
+    """
+    try:
+        return Leaderboard.model_validate(read_yaml(Path(path).read_text(encoding="utf-8")))
+    except OSError as problem:
+        raise InvalidRecipe(f"Cannot read the leaderboard {path}: {problem.strerror}.") from problem
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as problem:
+        raise InvalidRecipe(f"The leaderboard {path} cannot be used: {problem}") from problem
+
+
+def run_leaderboard(
+    source: str | Path | Leaderboard,
+    out: str | Path,
+    results: str | Path,
+    boards: Sequence[str] | None = None,
+    workers: int = 2,
+    progress: bool = True,
+) -> Path:
+    """Tune and compare on every board, and write "<name>.json" and "<name>.md" after each.
+
+    Everything resumes; boards that are not asked for keep what the results already hold of them.
+
+    Args:
+        source: A leaderboard or its file.
+        out: Folder of searches and studies.
+        results: Folder of the results.
+        boards: Keys of the boards to run; all by default.
+        workers: Processes.
+        progress: Whether to draw progress bars.
+
+    Returns:
+        The JSON file.
+
+    Raises:
+        InvalidRecipe, UnknownName: If something cannot be run; before that board's work.
+        CannotWrite: If results cannot be written.
+    """
+    board = source if isinstance(source, Leaderboard) else load_leaderboard(source)
+    wanted = list(board.boards) if boards is None else list(boards)
+    unknown = [key for key in wanted if key not in board.boards]
+    if unknown:
+        raise InvalidRecipe(f"The leaderboard has no board '{unknown[0]}'; it has {', '.join(board.boards)}.")
+    recipes = {key: _recipes(board, board.boards[key]) for key in wanted}
+    folder, target = Path(out), check_writable(Path(results)) / f"{board.name}.json"
+    written = _read(target)
+    for key in wanted:
+        searched, reported = recipes[key]
+        settings = board.boards[key]
+        tuned = tune(
+            searched, folder / key / "tuning", settings.trials or board.trials, budget=board.budget,
+            workers=workers, progress=progress,
+        )  # fmt: skip
+        result = compare(
+            with_tuned(reported, tuned), folder / key / "compare", workers=workers, progress=progress
+        )
+        written[key] = _entry(board, settings, tuned, result)
+        ordered = {name: written[name] for name in board.boards if name in written}
+        content = {
+            "name": board.name, "title": board.title, "seeds": board.seeds, "budget": board.budget,
+            "boards": ordered,
+        }  # fmt: skip
+        write_text(target, json.dumps(content, indent=1) + "\n")
+        write_text(target.with_suffix(".md"), to_markdown(content))
+    return target
+
+
+def to_markdown(content: Mapping[str, Any]) -> str:
+    """The results as a page: one table per request."""
+    lines = [
+        f"# {content['title']}", "",
+        f"Means over {content['seeds']} seeds with half of the 95 % interval; a gap is the distance to models "
+        "retrained without the records (mean over seeds). Accuracies, their gaps and cost in percent. Hyperparameters "
+        f"come from a search on another request, within a budget of {content['budget']:g} times the retraining time. "
+        "Written by `make leaderboard`.", "",
+    ]  # fmt: skip
+    for entry in content["boards"].values():
+        lines += [
+            f"## {entry['title']}",
+            "",
+            f"{entry['setting']} Tuned on: {', '.join(entry['tuned_on'])}.",
+            "",
+        ]
+        for request, rows in entry["requests"].items():
+            lines += [f"### {request}", "", "| method | verdicts | " + " | ".join(COLUMNS.values()) + " |"]
+            lines += ["|---|---|" + "---:|" * len(COLUMNS)]
+            for row in rows:
+                figures = [_shown(key, row["figures"].get(key)) for key in COLUMNS]
+                verdicts = ", ".join(
+                    f"{word} {n}" for word, n in sorted(row["verdicts"].items(), key=lambda v: -v[1])
+                )
+                failed = f"failed: {row['failures'][0]}" if row["failures"] else ""
+                said = "; ".join(part for part in (verdicts, failed) if part)
+                lines.append(f"| {row['label']} | {said} | " + " | ".join(figures) + " |")
+            lines.append("")
+        lines += ["Settings: " + "; ".join(_settings(entry["tuned"])) + ".", ""]
+        if entry["skipped"]:
+            said = "; ".join(f"{name}: {why}" for name, why in entry["skipped"].items())
+            lines += [f"Not among the rows: {said}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _recipes(board: Leaderboard, settings: Board) -> tuple[Recipe, Recipe]:
+    """The study to tune on, and the one to report."""
+    skipped = {**board.skip, **settings.skip}
+    for name in skipped:
+        UNLEARNERS.get(name)
+    task = str(settings.recipe.get("task", "classification"))
+    everything = [
+        name
+        for name, cls in UNLEARNERS.items()
+        if {"any", task} & set(cls.card.tasks) and "-test-" not in name
+    ]
+    methods = [item for item in (board.methods or everything) if _name(item) not in {*skipped, RETRAIN}]
+    common = {**settings.recipe, "methods": methods, "keep_models": False}
+    searched = load_recipe({**common, "forget": settings.tune, "seeds": 1, "name": f"{board.name}, tuning"})
+    reported = load_recipe(
+        {**common, "forget": settings.forget, "seeds": board.seeds, "name": f"{board.name}: {settings.title}"}
+    )
+    return searched, reported
+
+
+def _name(method: Any) -> str:
+    return method["name"] if isinstance(method, dict) else str(method)
+
+
+def _entry(board: Leaderboard, settings: Board, tuned: Tuned, result: StudyResult) -> dict[str, Any]:
+    requests: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[CellResult]] = {}
+    for cell in result.cells:
+        groups.setdefault((cell.request, cell.label), []).append(cell)
+    for (request, label), cells in groups.items():
+        requests.setdefault(request, []).append({"label": label, "method": cells[0].method, **_row(cells)})
+    for rows in requests.values():
+        rows.sort(key=_rank)
+    recipe = settings.recipe
+    data, model = recipe.get("data", "digits"), recipe.get("model", "small_cnn")
+    return {
+        "title": settings.title,
+        "setting": f"Data: {_said(data)}; model: {_said(model)}.",
+        "tuned_on": tuned.requests,
+        "tuned": {
+            label: {"settings": item.settings, "validation_gap": item.gap, "share": item.share,
+                    "within_budget": item.within_budget, "trials": len(item.trials)}
+            for label, item in tuned.methods.items()
+        },
+        "requests": requests,
+        "skipped": {**board.skip, **settings.skip},
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def _row(cells: Sequence[CellResult]) -> dict[str, Any]:
+    verdicts: dict[str, int] = {}
+    for cell in cells:
+        if cell.report is not None:
+            verdicts[cell.report.verdict.value] = verdicts.get(cell.report.verdict.value, 0) + 1
+    figures: dict[str, list[float | None]] = {
+        "retain": [cell.value(GAPS["retain"]) for cell in cells],
+        "test": [cell.value(GAPS["test"]) for cell in cells],
+        **{
+            f"gap {gap}": [gap_of(cell, gap) for cell in cells]
+            for gap in ("forget", "membership", "relearning", "representation")
+        },
+        "share": [cell.share for cell in cells],
+    }
+    means = {
+        key: mean_and_half_width(known)
+        for key, values in figures.items()
+        if (known := [value for value in values if value is not None])
+    }
+    return {
+        "verdicts": verdicts,
+        "figures": {key: _plain(mean) for key, mean in means.items()},
+        "failures": [cell.reason for cell in cells if cell.report is None],
+    }
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[int, float]:
+    """The two ends of the scale first, then by the mean of the gaps, test accuracy lost counting as one."""
+    ends = {ORIGINAL: 0, RETRAIN: 1}
+    gaps = [mean["mean"] for key, mean in row["figures"].items() if key.startswith("gap")]
+    return ends.get(row["method"], 2), sum(gaps) / len(gaps) if gaps else float("inf")
+
+
+def _plain(mean: Mean) -> dict[str, float | int | None]:
+    return dict(zip(("mean", "half_width", "n"), mean, strict=True))
+
+
+def _said(named: Any) -> str:
+    if not isinstance(named, dict):
+        return str(named)
+    settings = named.get("settings") or {}
+    return f"{named['name']}" + (
+        f" ({', '.join(f'{k} {v}' for k, v in settings.items())})" if settings else ""
+    )
+
+
+def _settings(tuned: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{label} {', '.join(f'{key} {value}' for key, value in item['settings'].items()) or 'as by default'}"
+        + ("" if item["within_budget"] else " (over the budget)")
+        for label, item in tuned.items()
+    ]
+
+
+def _shown(key: str, mean: Mapping[str, Any] | None) -> str:
+    if mean is None:
+        return ""
+    unit, digits = (100, 1) if key in PERCENT else (1, 2)
+    half = "" if mean["half_width"] is None else f" ±{unit * mean['half_width']:.{digits}f}"
+    return f"{unit * mean['mean']:.{digits}f}{half}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Boards that were written earlier."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["boards"]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise InvalidRecipe(f"{path} holds no results of a leaderboard: move it away.") from problem

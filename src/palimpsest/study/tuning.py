@@ -1,0 +1,416 @@
+"""Tuning: hyperparameters from a small search on a validation request, never on the one that is reported."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import Field, ValidationError
+from rich.console import Console
+from rich.progress import track
+from sqlalchemy import URL
+
+import palimpsest
+from palimpsest.core.errors import InvalidRecipe, MissingDependency, UnknownName
+from palimpsest.core.search_space import Choice, Searchable
+from palimpsest.core.split import ForgetSplit
+from palimpsest.core.unlearner import UNLEARNERS, check_settings
+from palimpsest.core.writing import check_writable, write_text
+from palimpsest.study.compare import compare
+from palimpsest.study.executors import Executor, LocalExecutor
+from palimpsest.study.folder import ARTIFACTS, DATABASE
+from palimpsest.study.plan import RETRAIN
+from palimpsest.study.recipe import Method, Recipe, content_hash, load_recipe
+from palimpsest.study.request import Part
+from palimpsest.study.result import CellResult
+from palimpsest.study.workshop import Workshop
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from rich.table import Table
+
+GAPS = {
+    "forget": "utility.forget_accuracy",
+    "retain": "utility.retain_accuracy",
+    "test": "utility.test_accuracy",
+    "membership": "membership.loss_auc",
+    "relearning": "relearning.area",
+    "representation": "representation.cka_to_original",
+}
+"""What is compared with the retrained models, by name: the distance between the two is the gap."""
+AUDITS = {"forget": "utility", "retain": "utility", "test": "utility"}
+"""Audit that measures a gap, where it is not called as the gap."""
+TUNED = "tuned.json"
+
+
+class Tried(Part):
+    """One trial.
+
+    Attributes:
+        settings: That were tried.
+        gap: Mean of the gaps over requests and seeds; None if a cell failed.
+        gaps: One by one, by name.
+        share: Seconds as a share of retraining, mean over requests and seeds.
+        reason: Why a cell failed.
+    """
+
+    settings: dict[str, Any]
+    gap: float | None = None
+    gaps: dict[str, float] = Field(default_factory=dict[str, float])
+    share: float | None = None
+    reason: str = ""
+
+
+class TunedMethod(Part):
+    """What a search gave for a method.
+
+    Attributes:
+        name: Registered name.
+        settings: The best within the budget; of the cheapest trial if none kept it.
+        gap: Of these settings on the validation request.
+        default_gap: Of the method's own defaults; None if they failed.
+        share: Seconds as a share of retraining.
+        within_budget: Whether that is within the budget.
+        space: Where it was searched, in short form.
+        trials: All that was tried.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    gap: float | None
+    default_gap: float | None
+    share: float | None
+    within_budget: bool
+    space: dict[str, str]
+    trials: list[Tried]
+
+
+class Tuned(Part):
+    """The result of a search, as `tuned.json` holds it.
+
+    Attributes:
+        version: Of Palimpsest.
+        data: Data set, by name.
+        model: Architecture, by name.
+        requests: In words, those that were tuned on.
+        records: Fingerprints of their forget records.
+        gaps: What was made small.
+        budget: Largest share of the retraining time.
+        seeds: Number of seeds.
+        methods: By label.
+    """
+
+    version: str
+    data: str
+    model: str
+    requests: list[str]
+    records: list[str]
+    gaps: list[str]
+    budget: float
+    seeds: int
+    methods: dict[str, TunedMethod]
+
+    def table(self) -> Table:
+        """What was found, for a terminal."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        title = f"Tuned on {', '.join(self.requests)}: mean gap to retraining ({', '.join(self.gaps)})"
+        table = Table(title=escape(title), title_justify="left")
+        for heading in ("method", "settings"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("gap", "with defaults", "share of retraining", "trials"):
+            table.add_column(heading, justify="right")
+        for label, item in self.methods.items():
+            said = ", ".join(f"{key}={value}" for key, value in item.settings.items()) or "defaults"
+            share = "" if item.share is None else f"{100 * item.share:.0f} %"
+            over = "" if item.within_budget else " (over the budget)"
+            figures = [_shown(item.gap), _shown(item.default_gap), share + over, str(len(item.trials))]
+            table.add_row(escape(label), escape(said), *figures)
+        return table
+
+
+def tune(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    trials: int = 12,
+    gaps: Sequence[str] = tuple(GAPS),
+    budget: float = 1.0,
+    search: Mapping[str, Mapping[str, Searchable]] | None = None,
+    seed: int = 0,
+    overrides: Iterable[str] = (),
+    workers: int | None = None,
+    progress: bool = True,
+    executor: Executor | None = None,
+) -> Tuned:
+    """Search each method's hyperparameters on the requests of a recipe, by Optuna's tree-structured Parzen estimator.
+
+    Trials are cells of studies that share one store: an interrupted search goes on where it stood, and the
+    same seed gives the same trials. The first trial of a method is its defaults, so that what is found is
+    never worse than they are on the validation request. What a trial costs is not searched on, because clocks
+    differ: among all trials the best within the budget is taken.
+
+    Args:
+        recipe: Data, model, training, seeds, the validation requests and the methods; settings given there
+            stay as they are.
+        out: Folder of the search; "tuned.json" is written there.
+        trials: Per method that has something to search.
+        gaps: Names of `GAPS` that are averaged.
+        budget: Largest share of the retraining time.
+        search: Spaces by method and hyperparameter, instead of those that the methods declare.
+        seed: Of the search.
+        overrides: "key=value" changes of the recipe.
+        workers: Processes, instead of the recipe's.
+        progress: Whether to draw a progress bar.
+        executor: Where cells run; the caller closes it.
+
+    Raises:
+        UnknownName: For an unknown gap, method or hyperparameter.
+        InvalidRecipe: If numbers make no sense. All before any work.
+        MissingDependency: If Optuna is not installed.
+    """
+    recipe = load_recipe(recipe.plain() if isinstance(recipe, Recipe) else recipe, overrides)
+    for gap in gaps:
+        if gap not in GAPS:
+            raise UnknownName("gap", gap, GAPS)
+    if trials < 1 or not budget > 0 or not gaps:
+        raise InvalidRecipe(
+            f"A search needs at least one trial and one gap, and a budget above 0: {trials}, {budget}."
+        )
+    if recipe.in_turn:
+        raise InvalidRecipe("Tune on requests that stand apart (in_turn: false).")
+    spaces = _spaces(recipe, search or {})
+    folder = check_writable(Path(out))
+    audits = list(dict.fromkeys(AUDITS.get(gap, gap) for gap in gaps))
+    plain = {
+        **recipe.plain(), "audits": audits, "keep_models": False,
+        "store": URL.create("sqlite", database=str((folder / DATABASE).absolute())).render_as_string(),
+        "artifacts": recipe.artifacts or str((folder / ARTIFACTS).absolute()),
+    }  # fmt: skip
+    searches = {title: _Search(method, spaces[title], seed) for title, method in _titled(recipe).items()}
+    with ExitStack() as stack:
+        if executor is None:
+            executor = LocalExecutor(recipe.workers if workers is None else workers)
+            stack.callback(executor.close)
+        rounds = range(trials if any(spaces.values()) else 1)
+        console = Console(stderr=True, quiet=not progress)
+        for number in track(rounds, "tuning", console=console, transient=True):
+            asked = {title: item.ask() for title, item in searches.items() if number == 0 or spaces[title]}
+            unique = {content_hash(m.name, m.settings): m.model_dump() for m in asked.values()}
+            place = folder / "rounds" / content_hash(plain, sorted(unique))
+            result = compare(
+                {**plain, "methods": list(unique.values())}, place, progress=False, executor=executor
+            )
+            for title, method in asked.items():
+                cells = [cell for cell in result.cells if cell.label == method.title]
+                searches[title].tell(_tried(method, cells, gaps))
+    splits = Workshop(recipe).splits
+    tuned = Tuned(
+        version=palimpsest.__version__,
+        data=recipe.data.name,
+        model=recipe.model.name,
+        requests=[parts.description for parts in splits],
+        records=[records_fingerprint(parts) for parts in splits],
+        gaps=list(gaps),
+        budget=budget,
+        seeds=len(recipe.seeds),
+        methods={title: item.found(budget) for title, item in searches.items()},
+    )
+    write_text(folder / TUNED, tuned.model_dump_json(indent=1) + "\n")
+    return tuned
+
+
+def load_tuned(path: str | Path) -> Tuned:
+    """The result of an earlier search.
+
+    Raises:
+        InvalidRecipe: If the file is none.
+    """
+    path = Path(path)
+    path = path / TUNED if path.is_dir() else path
+    try:
+        return Tuned.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise InvalidRecipe(f"Cannot read {path}: {problem.strerror}.") from problem
+    except ValidationError as problem:
+        raise InvalidRecipe(f"{path} holds no result of a search (`palimpsest tune`): {problem}") from problem
+
+
+def with_tuned(recipe: Recipe, tuned: Tuned) -> Recipe:
+    """The recipe with the hyperparameters that were found; settings that it names itself stay.
+
+    Raises:
+        InvalidRecipe: If the recipe asks for a request that was tuned on: its figures would flatter.
+    """
+    for parts in Workshop(recipe).splits:
+        if records_fingerprint(parts) in tuned.records:
+            raise InvalidRecipe(
+                f"The hyperparameters were tuned on the request '{parts.description}'. Report another one, or tune "
+                "on another."
+            )
+    found = {item.name: item for item in tuned.methods.values()} | tuned.methods
+    methods = [
+        method.model_copy(
+            update={
+                "settings": {**found[key].settings, **method.settings},
+                "label": method.label or method.title,
+            }
+        )
+        if (key := method.title if method.title in found else method.name) in found
+        else method
+        for method in recipe.methods
+    ]
+    return recipe.model_copy(update={"methods": methods})
+
+
+def records_fingerprint(parts: ForgetSplit) -> str:
+    """A hash of the ids to forget, in whatever order they come."""
+    return hashlib.sha256("\0".join(sorted(parts.forget.ids)).encode()).hexdigest()[:20]
+
+
+class _Search:
+    """The trials of one method."""
+
+    def __init__(self, method: Method, space: Mapping[str, Searchable], seed: int):
+        self.method, self.space = method, space
+        self.tried: list[Tried] = []
+        self.study = _optuna_study(seed)
+        self.trial: Trial | None = None
+        own = _defaults(method.name, space)
+        self.defaults_fit = own is not None
+        if own is not None:
+            self.study.enqueue_trial(own)
+
+    def ask(self) -> Method:
+        """The method with the next settings to try; first its defaults."""
+        first = not self.tried
+        if first and not self.defaults_fit:
+            self.trial = None
+            return self._with({})
+        self.trial = self.study.ask()
+        chosen = {key: _suggest(self.trial, key, space) for key, space in self.space.items()}
+        return self._with({} if first else chosen)
+
+    def _with(self, settings: Mapping[str, Any]) -> Method:
+        label = f"{self.method.title} #{content_hash(dict(settings))[:6]}"
+        return self.method.model_copy(
+            update={"settings": {**self.method.settings, **settings}, "label": label}
+        )
+
+    def tell(self, tried: Tried) -> None:
+        """Note what came of the settings that were asked for last."""
+        self.tried.append(tried)
+        if self.trial is not None:
+            from optuna.trial import TrialState
+
+            if tried.gap is None:
+                self.study.tell(self.trial, state=TrialState.FAIL)
+            else:
+                self.study.tell(self.trial, tried.gap)
+
+    def found(self, budget: float) -> TunedMethod:
+        """The best trial within the budget, else the cheapest."""
+        done = [item for item in self.tried if item.gap is not None]
+        within = [item for item in done if item.share is None or item.share <= budget]
+        if within:
+            best = min(within, key=lambda item: cast(float, item.gap))
+        else:
+            best = min(done or self.tried, key=lambda item: item.share or math.inf)
+        return TunedMethod(
+            name=self.method.name, settings=best.settings, gap=best.gap, default_gap=self.tried[0].gap,
+            share=best.share, within_budget=bool(within), trials=self.tried,
+            space={key: str(space) for key, space in self.space.items()},
+        )  # fmt: skip
+
+
+def _spaces(recipe: Recipe, own: Mapping[str, Mapping[str, Searchable]]) -> dict[str, dict[str, Searchable]]:
+    """What to search per method, by title.
+
+    Raises:
+        UnknownName: For a method that is not in the recipe, or a hyperparameter that it has not.
+    """
+    titled = _titled(recipe)
+    for name, spaces in own.items():
+        if name not in titled:
+            raise UnknownName("method to tune", name, titled)
+        check_settings("method", UNLEARNERS.get(titled[name].name), titled[name].name, spaces)
+    found: dict[str, dict[str, Searchable]] = {}
+    for title, method in titled.items():
+        spaces = own.get(title) or UNLEARNERS.get(method.name).card.search
+        found[title] = {key: space for key, space in spaces.items() if key not in method.settings}
+    return found
+
+
+def _titled(recipe: Recipe) -> dict[str, Method]:
+    return {method.title: method for method in recipe.methods if method.name != RETRAIN}
+
+
+def _tried(method: Method, cells: Sequence[CellResult], gaps: Sequence[str]) -> Tried:
+    """What came of a method's cells."""
+    reasons = [cell.reason for cell in cells if cell.report is None]
+    if reasons:
+        return Tried(settings=dict(method.settings), reason=reasons[0])
+    each = {gap: [found for cell in cells if (found := gap_of(cell, gap)) is not None] for gap in gaps}
+    means = {gap: sum(values) / len(values) for gap, values in each.items() if values}
+    if not means:
+        raise InvalidRecipe(f"None of the gaps {', '.join(gaps)} can be measured on these requests.")
+    shares = [cell.share for cell in cells if cell.share is not None]
+    return Tried(
+        settings=dict(method.settings),
+        gap=sum(means.values()) / len(means),
+        gaps=means,
+        share=sum(shares) / len(shares) if shares else None,
+    )
+
+
+def gap_of(cell: CellResult, gap: str) -> float | None:
+    """Distance of a finding to the mean of the retrained controls, or None if it was not measured."""
+    found = cell.finding(GAPS[gap])
+    if found is None or found.value is None or found.control is None:
+        return None
+    return abs(found.value - found.control)
+
+
+def _optuna_study(seed: int) -> Study:
+    try:
+        import optuna
+    except ImportError as missing:
+        raise MissingDependency("optuna", "tune") from missing
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True)
+    return optuna.create_study(sampler=sampler)
+
+
+def _suggest(trial: Trial, key: str, space: Searchable) -> Any:
+    """The next value, numbers to four digits so that they can be read."""
+    if isinstance(space, Choice):
+        return trial.suggest_categorical(key, list(space.values))
+    if space.integer:
+        return trial.suggest_int(key, int(space.low), int(space.high), log=space.log)
+    return float(f"{trial.suggest_float(key, space.low, space.high, log=space.log):.4g}")
+
+
+def _defaults(name: str, space: Mapping[str, Searchable]) -> dict[str, Any] | None:
+    """A method's own values of what is searched, if they all lie in the space."""
+    own = {item.name: item.default for item in fields(cast(Any, UNLEARNERS.get(name)))}
+    for key, searched in space.items():
+        value = own[key]
+        if isinstance(searched, Choice):
+            inside = value in searched.values
+        else:
+            inside = isinstance(value, int | float) and searched.low <= value <= searched.high
+        if not inside:
+            return None
+    return {key: own[key] for key in space}
+
+
+def _shown(gap: float | None) -> str:
+    return "failed" if gap is None else f"{gap:.3f}"
