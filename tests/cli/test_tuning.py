@@ -44,10 +44,12 @@ def test_a_space_that_cannot_be_read_is_refused(run, search):
     assert done.exit_code == 2 and "METHOD.KEY=SPACE" in done.stderr
 
 
-def test_requests_in_turn_print_what_became_of_the_first(run):
+def test_requests_in_turn_print_what_became_of_the_first(run, tmp_path):
     done = run("compare", "--forget", "label=3", "--forget", "label=5", "--in-turn", "--methods", "ssd",
-               "--audits", "utility", "--out", "run", *SMALL)  # fmt: skip
+               "--audits", "utility", "--out", "run", "--markdown", "page.md", *SMALL)  # fmt: skip
     assert done.exit_code == 0, done.output
+    page = (tmp_path / "page.md").read_text()
+    assert "## label = 3, at the end" in page and "| retrain | removed" in page and "re-emergence" in page
     assert "label = 3, at the end" in done.stdout and "re-emergence" in done.stdout
 
 

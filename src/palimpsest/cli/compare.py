@@ -90,6 +90,9 @@ def command(
     page: Annotated[
         bool, typer.Option("--report/--no-report", help="Write report.html into the folder.")
     ] = True,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the tables as a Markdown page as well.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods with retraining from scratch: train, forget, audit, judge.
@@ -116,7 +119,9 @@ def command(
         "imports": imports or None,
     }
     import_modules(imports)
+    from palimpsest.core.writing import write_text
     from palimpsest.study.compare import compare
+    from palimpsest.study.markdown import to_markdown
     from palimpsest.study.recipe import load_recipe
     from palimpsest.study.tuning import load_tuned, with_tuned
 
@@ -125,6 +130,8 @@ def command(
     if tuned is not None:
         whole = with_tuned(whole, load_tuned(tuned))
     result = compare(whole, out, workers=workers, progress=True, wait=wait, retry=retry)
+    if markdown is not None:
+        write_text(markdown, to_markdown(result))
     _present(result, page, as_json)
     if _all_failed(result):
         raise typer.Exit(ALL_FAILED)

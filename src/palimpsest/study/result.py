@@ -221,8 +221,8 @@ class StudyResult:
             if item.request != before:
                 table.add_section()
                 table.add_row(f"[bold]{escape(item.request)}[/bold]")
-            shown = [_shown(heading, item.means) for heading in (*COLUMNS, SHARE)]
-            table.add_row(escape(item.label), escape(_verdicts(item)), *shown)
+            figures = [shown(heading, item.means) for heading in (*COLUMNS, SHARE)]
+            table.add_row(escape(item.label), escape(verdicts_of(item)), *figures)
             before = item.request
         return table
 
@@ -258,13 +258,14 @@ def _plain(mean: Mean) -> dict[str, float | int | None]:
     return dict(zip(("mean", "half_width", "n"), mean, strict=True))
 
 
-def _verdicts(item: Summary) -> str:
+def verdicts_of(item: Summary) -> str:
+    """How often each verdict was given, and the first failure, in words."""
     words = [f"{word} {count}" if len(item.verdicts) > 1 else word for word, count in item.verdicts.items()]
     failed = [f"failed {len(item.failures)}: {item.failures[0]}"] if item.failures else []
     return ", ".join([*words, *failed]) or "waiting"
 
 
-def _shown(heading: str, means: dict[str, Mean]) -> str:
+def shown(heading: str, means: dict[str, Mean]) -> str:
     """A mean with its interval; an empty field where there is nothing to show."""
     if heading not in means:
         return ""

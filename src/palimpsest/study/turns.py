@@ -47,6 +47,14 @@ class Turns:
     figures: dict[str, Mean]
     failures: tuple[str, ...]
 
+    def words(self) -> tuple[str, str, str]:
+        """The verdicts in words: first request, the same at the end, last request."""
+        return _words(self.first), _words(self.first_again), _words(self.last)
+
+    def shown(self) -> list[str]:
+        """The figures in words, in the order of `HEADINGS`."""
+        return [_shown(self.figures.get(heading)) for heading in HEADINGS]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
@@ -108,9 +116,7 @@ def turns_table(result: StudyResult) -> Table:
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
     for item in turns_of(result):
-        verdicts = [_words(found) for found in (item.first, item.first_again, item.last)]
-        figures = [_shown(item.figures.get(heading)) for heading in HEADINGS]
-        table.add_row(escape(item.label), *verdicts, *figures)
+        table.add_row(escape(item.label), *item.words(), *item.shown())
     return table
 
 
