@@ -33,8 +33,8 @@ class Amnesiac:
     the classes that are not its own, for the whole run, and one shuffled mixture with all retained records
     makes an epoch. It differs from `random-label` as SalUn's code has it, where labels are drawn anew in
     every epoch among all classes, the true one included, and the forget records come first: a label that
-    stays can be learned by heart, one that changes cannot, so that here forgotten records end up confidently
-    wrong rather than undecided, which a membership attack can see.
+    stays can be learned by heart, one that changes cannot, so that in the end, after many epochs or with few
+    records, forgotten ones are confidently wrong here rather than undecided, which a membership attack can see.
 
     The other half of the paper, taking back the updates of batches that held a forget record, must be
     prepared during training and is not this method.

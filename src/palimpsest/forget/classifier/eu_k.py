@@ -34,7 +34,7 @@ class EUk:
     gone from the retained records is gone from the outputs, for its row of the head is never trained.
 
     Normalisation layers between the k layers move but are not drawn anew, as published. The defaults are
-    the published optimiser and schedule, see `cf-k`; the paper takes 62 epochs.
+    the published optimiser and schedule, see `cf-k`; the paper starts from 0.1 and takes 62 epochs.
 
     Deviations: one public version draws the layers anew in every epoch; here it happens once. Layer
     normalisation is treated as batch norm is.
@@ -57,7 +57,7 @@ class EUk:
     k: int = 1
     layers: tuple[str, ...] = ()
     initial: nn.Module | Mapping[str, Tensor] | None = None
-    lr: float = 0.1
+    lr: float = 0.05
     lowest_lr: float = 0.005
     schedule: Literal["warm-restarts", "constant"] = "warm-restarts"
     epochs: int = 15

@@ -49,9 +49,10 @@ class UNSIR:
     records alone bring the rest back (repair). Only the class's number is used: choose it where the
     records of the class no longer exist. It is not defined for part of a class or for single records.
 
-    The defaults suit small data (the digits). Published (in the code of SSD): Adam 1e-4 for both passes,
-    batches of 32 and 128, 500 retained records per class, 80 copies of 32 noise inputs learned in 25 steps
-    at 0.1. The paper's own rates for training from scratch are larger (about 0.02 and 0.01).
+    The defaults suit small data (the digits, about 100 records per class). Published (in the code of SSD):
+    Adam 1e-4 for both passes, 80 copies, and otherwise what the defaults are. Where the noise outnumbers the
+    retained records, or the impair pass is too gentle, the model learns the noise as the class and still
+    knows its images: choose copies so that the noise is the smaller half, and search `impair_lr`.
 
     Deviations: noise is learned in evaluation mode, so that running statistics stay what images made them.
 
@@ -77,9 +78,9 @@ class UNSIR:
     noise_steps: int = 25
     noise_lr: float = 0.1
     noise_penalty: float = 0.1
-    copies: int = 80
+    copies: int = 8
     retain_per_class: int = 500
-    impair_lr: float = 1e-3
+    impair_lr: float = 3e-3
     repair_lr: float = 1e-3
     impair_epochs: int = 1
     repair_epochs: int = 1
