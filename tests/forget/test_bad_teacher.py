@@ -13,6 +13,7 @@ import palimpsest as pal
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed, ModelMismatch
 from palimpsest.forget.classifier.bad_teacher import bad_teacher_loss
 from palimpsest.models import build_model
+from palimpsest.parts.reinitialise import reinitialised
 
 
 def probabilities(model, records):
@@ -75,6 +76,35 @@ def test_the_loss_follows_the_bad_teacher_on_forget_rows_and_the_original_elsewh
     assert mean == pytest.approx(batchmean / 3, rel=1e-5)
 
 
+def test_the_paired_version_forgets_a_class_and_keeps_the_rest(digits_model, class_request, digits_task):
+    settings = {"order": "paired", "temperature": 4.0, "retain_fraction": 1.0}
+    unlearned = pal.forget(digits_model, class_request, "bad-teacher", digits_task, **settings)
+    assert accuracy(unlearned, class_request.forget) <= 0.3
+    assert accuracy(unlearned, class_request.retain) >= 0.93
+
+
+def test_one_paired_step_descends_both_divergences_with_the_square_of_the_temperature(digits_task):
+    x = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    records = pal.Records(TensorDataset(x, torch.arange(6) % 3))
+    request = pal.ForgetSplit(records.select([0, 1]), records.select(range(2, 6)))
+    model, temperature = torch.nn.Linear(4, 3), 4.0
+    unlearned = pal.forget(
+        model, request, "bad-teacher", digits_task, order="paired", temperature=temperature, optimizer="sgd",
+        lr=0.1, epochs=1, retain_fraction=1.0, retain_weight=0.5, forget_weight=2.0,
+    )  # fmt: skip
+    runtime = pal.Runtime(seed=0)
+    bad = reinitialised(model, runtime.with_seed(runtime.derive("bad teacher")))
+    student = copy.deepcopy(model)
+    parts = []
+    for rows, teacher, weight in ((x[2:], model, 0.5), (x[:2], bad, 2.0)):
+        told = F.softmax(teacher(rows).detach() / temperature, 1)
+        divergence = F.kl_div(F.log_softmax(student(rows) / temperature, 1), told, reduction="sum")
+        parts.append(weight * temperature**2 * divergence / len(rows))
+    sum(parts).backward()
+    for before, after in zip(student.parameters(), unlearned.parameters(), strict=True):
+        assert torch.allclose(after, before - 0.1 * before.grad, atol=1e-6)  # momentum has no past yet
+
+
 def test_labels_are_not_used(digits_model, class_request, digits_task):
     parts = {}
     for name, records in (("forget", class_request.forget), ("retain", class_request.retain)):
@@ -131,6 +161,9 @@ def test_one_retained_record_is_drawn_even_from_very_few(digits_model, class_req
         {"retain_fraction": 1.1},
         {"reduction": "sum"},
         {"reduction": "none"},
+        {"order": "shuffled"},
+        {"retain_weight": -1.0},
+        {"forget_weight": -1.0},
         {"epochs": 0},
         {"lr": -1.0},
         {"batch_size": 0},

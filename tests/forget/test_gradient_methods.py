@@ -13,9 +13,11 @@ from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import UNLEARNERS
 from palimpsest.models import build_model
 
-METHODS = ["finetune", "gradient-ascent", "neggrad-plus", "random-label", "salun"]
+METHODS = [
+    "amnesiac", "finetune", "gradient-ascent", "l1-sparse", "neggrad-plus", "random-label", "salun",
+]  # fmt: skip
 WITH_RETAIN = [name for name in METHODS if name != "gradient-ascent"]
-FAST = {"finetune": 1, "gradient-ascent": 2, "neggrad-plus": 1, "random-label": 1, "salun": 1}
+FAST = {name: 2 if name == "gradient-ascent" else 1 for name in METHODS}
 
 
 def forget(model, request, name, task, seed=0, **settings: Any):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.forget.measuring import accuracy, changed, fingerprint, kept_and_gone
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import palimpsest as pal
 from palimpsest.core.errors import (
@@ -183,6 +184,25 @@ def test_stored_importances_answer_a_request_without_retained_records(
         assert fingerprint(found) == fingerprint(expected)
     with pytest.raises(MissingNeed, match="retain-data"):
         ssd(digits_model, bare, digits_task, alpha=20.0)
+
+
+def test_importances_of_a_class_stored_at_training_time_answer_without_reading_a_record(
+    digits_model, class_request, digits_task, tmp_path
+):
+    expected = ssd(digits_model, class_request, digits_task, alpha=20.0)
+    runtime, train = Runtime(seed=0), class_request.train
+    paths = {}
+    for name, records, measure in (
+        ("full_importance", train, Measure()),
+        ("forget_importance", train.select(train.column("label") == 3), Measure(shuffle=False)),
+    ):
+        stored = measure_importance(digits_model, records, digits_task, runtime, measure)
+        paths[name] = save_importance(tmp_path / f"{name}.safetensors", stored, measure)
+    noise = pal.Records(TensorDataset(torch.rand(4, 1, 8, 8), torch.full((4,), 3)))
+    found = ssd(digits_model, pal.ForgetSplit(noise), digits_task, alpha=20.0, **paths)
+    assert fingerprint(found) == fingerprint(expected)
+    with pytest.raises(ModelMismatch, match="measured as"):
+        ssd(digits_model, class_request, digits_task, forget_importance=paths["full_importance"])
 
 
 def test_importances_measured_otherwise_are_refused(digits_model, class_request, digits_task, tmp_path):

@@ -28,6 +28,7 @@ from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.task import Task
 from palimpsest.parts.parameters import trainable, unwrapped
+from palimpsest.parts.training import differentiable_twice
 
 Importance = dict[str, Tensor]
 """Importance by parameter name (tied parameters once, no wrapper prefixes), each of its parameter's shape."""
@@ -243,8 +244,9 @@ def _per_sample(
 
     total = {name: torch.zeros_like(value) for name, value in moving.items()}
     size = len(batch["id"])
-    for start in range(0, size, chunk):
-        part = {key: value[start : start + chunk] for key, value in tensors.items()}
-        for name, gradients in vmap(grad(of_one), in_dims=(None, 0))(moving, part).items():
-            total[name] += magnitude(gradients).sum(0)
+    with differentiable_twice():  # the fused kernels of attention cannot be vectorised over examples either
+        for start in range(0, size, chunk):
+            part = {key: value[start : start + chunk] for key, value in tensors.items()}
+            for name, gradients in vmap(grad(of_one), in_dims=(None, 0))(moving, part).items():
+                total[name] += magnitude(gradients).sum(0)
     return total

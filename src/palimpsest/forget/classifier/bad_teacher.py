@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed
 from palimpsest.core.needs import Need
-from palimpsest.core.records import Records
+from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.parts.distillation import kl_divergence
-from palimpsest.parts.pairing import mixed
+from palimpsest.parts.pairing import mixed, paired
 from palimpsest.parts.parameters import trainable
 from palimpsest.parts.reinitialise import reinitialised
 from palimpsest.parts.training import TrainingRecipe, step
@@ -51,13 +51,20 @@ class BadTeacher:
     reduction "mean", which divides the divergence by the number of classes as well. With Adam the
     reduction hardly matters; with SGD it scales the learning rate.
 
+    The version in the code of SCRUB is another loss: `order="paired"` adds the two divergences over pairs of
+    batches, the retained records defining the epoch, each times T squared and its own weight. It is run there
+    with lr 1e-3, temperature 4 and both weights 1.
+
     Attributes:
         epochs: Passes over the mixture.
         lr: Learning rate.
         batch_size: Records per step.
         retain_fraction: Share of the retained records in the mixture, in (0, 1], drawn once.
-        temperature: T of both teachers and the student; no factor T squared.
+        temperature: T of both teachers and the student; no factor T squared with "mixed".
         reduction: "batchmean", or "mean" over records and classes.
+        order: "mixed" or "paired", see above.
+        retain_weight: Of the divergence from the original ("paired" only), at least 0.
+        forget_weight: Of the divergence from the bad teacher ("paired" only), at least 0.
         optimizer: "adam", "adamw" or "sgd".
         weight_decay: Of the optimizer.
     """
@@ -68,6 +75,9 @@ class BadTeacher:
     retain_fraction: float = 0.3
     temperature: float = 1.0
     reduction: Literal["batchmean", "mean"] = "batchmean"
+    order: Literal["mixed", "paired"] = "mixed"
+    retain_weight: float = 1.0
+    forget_weight: float = 1.0
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     weight_decay: float = 0.0
 
@@ -76,6 +86,10 @@ class BadTeacher:
         check_range("temperature", self.temperature, 0, float("inf"), open_low=True)
         if self.reduction not in ("batchmean", "mean"):
             raise InvalidHyperparameter(f"reduction must be 'batchmean' or 'mean', not {self.reduction!r}.")
+        if self.order not in ("mixed", "paired"):
+            raise InvalidHyperparameter(f"order must be 'mixed' or 'paired', not {self.order!r}.")
+        check_range("retain_weight", self.retain_weight, 0, float("inf"))
+        check_range("forget_weight", self.forget_weight, 0, float("inf"))
         self._recipe()
 
     def unlearn(self, model: nn.Module, split: ForgetSplit, task: Task, runtime: Runtime) -> nn.Module:
@@ -83,7 +97,7 @@ class BadTeacher:
         if split.retain is None:
             raise MissingNeed("The bad teacher needs the retained records, or a sample of them.")
         trainable(model)  # a model that cannot move is an error before any work
-        mixture = split.forget.union(self._sample(split.retain, runtime))
+        sample = self._sample(split.retain, runtime)
         student = runtime.place(copy.deepcopy(model)).train()
         full_teacher = runtime.place(copy.deepcopy(model)).eval()
         # A stream of its own: a retraining under the same seed must not start from this teacher's weights.
@@ -91,16 +105,32 @@ class BadTeacher:
         bad_teacher = runtime.place(reinitialised(model, own)).eval()
         optimizer = self._recipe().build_optimizer(student)
         order = runtime.generator("bad teacher order")
+
+        def logits(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+            with torch.no_grad():
+                full, bad = task.logits(full_teacher, batch), task.logits(bad_teacher, batch)
+            return task.logits(student, batch), full, bad
+
         with runtime.seeded("bad teacher"):
             for _ in runtime.track(range(self.epochs), "bad teacher"):
-                batches = mixed(mixture, split.forget, task, runtime, self.batch_size, order)
-                for batch, is_forget in batches:
-                    with torch.no_grad():
-                        full, bad = task.logits(full_teacher, batch), task.logits(bad_teacher, batch)
-                    logits = task.logits(student, batch)
-                    loss = bad_teacher_loss(logits, full, bad, is_forget, self.temperature, self.reduction)
-                    step(student, optimizer, loss, batch)
-        return student
+                if self.order == "mixed":
+                    mixture = split.forget.union(sample)
+                    for batch, is_forget in mixed(
+                        mixture, split.forget, task, runtime, self.batch_size, order
+                    ):
+                        loss = bad_teacher_loss(*logits(batch), is_forget, self.temperature, self.reduction)
+                        step(student, optimizer, loss, batch)
+                    continue
+                for kept, gone in paired(sample, split.forget, task, runtime, self.batch_size, order):
+                    (kept_logits, full, _), (gone_logits, _, bad) = logits(kept), logits(gone)
+                    loss = self.retain_weight * self._squared(kept_logits, full)
+                    loss = loss + self.forget_weight * self._squared(gone_logits, bad)
+                    step(student, optimizer, loss, gone)
+        return student.eval()
+
+    def _squared(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The divergence with the factor T squared."""
+        return kl_divergence(student_logits, teacher_logits, self.temperature, self.reduction, True)
 
     def _sample(self, retain: Records, runtime: Runtime) -> Records:
         count = max(1, int(self.retain_fraction * len(retain)))

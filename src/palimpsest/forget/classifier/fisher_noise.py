@@ -21,6 +21,7 @@ from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.parts.importance import Importance
 from palimpsest.parts.parameters import trainable, unwrapped
+from palimpsest.parts.training import differentiable_twice
 from palimpsest.tasks.classification import Classification
 
 PRECISION_FLOOR = 1e-8
@@ -170,7 +171,7 @@ def per_sample_fisher(
     gradients = vmap(grad(log_probability, has_aux=True), in_dims=(None, 0, 0))
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     count = 0
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), differentiable_twice():
         for batch in batches:
             tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
             count += len(batch["id"])

@@ -21,6 +21,7 @@ from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.parts.gradients import Direction, gradient_of, mean_gradient
 from palimpsest.parts.parameters import trainable
+from palimpsest.parts.training import differentiable_twice
 
 
 @unlearner(
@@ -119,7 +120,8 @@ def slopes(model: nn.Module, batch: Batch, task: Task, direction: Direction) -> 
     direction by the weights gives all records' products in one double backward pass.
     """
     parameters = trainable(model)
-    losses = task.loss_per_example(model, batch)
+    with differentiable_twice():
+        losses = task.loss_per_example(model, batch)
     weights = torch.ones_like(losses, requires_grad=True)
     found = torch.autograd.grad(
         losses,

@@ -1,4 +1,4 @@
-"""Random labels: train the forget records on wrong labels beside the retained ones ("amnesiac")."""
+"""Random labels: train the forget records on wrong labels beside the retained ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ FalseLabels = Callable[[Batch], Int[Tensor, " batch"]]
     "random-label",
     needs={Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS, Need.RETAIN_DATA, Need.RETAIN_LABELS},
     tasks=("classification",),
-    paper=Paper("Amnesiac Machine Learning", "AAAI 2021", "2010.10981"),
+    paper=Paper(
+        "Eternal Sunshine of the Spotless Net: Selective Forgetting in Deep Networks",
+        "CVPR 2020",
+        "1911.04933",
+    ),
     search={"lr": Span(1e-4, 3e-3, log=True), "epochs": Span(1, 8, integer=True)},
 )
 @dataclass(frozen=True)
@@ -46,9 +50,11 @@ class RandomLabel:
     Two published readings differ: "others" draws once among the classes that are not the record's own
     (and here, where whole classes go, not among those either, so that nothing is relabelled into a class
     that must disappear); "all" draws among all classes in every epoch, the true one included, as the code
-    of SalUn does. Published: Adam 1e-4, 3 epochs, batches of 128, mixed, "others"; and SGD 0.013 with
-    momentum 0.9, 10 epochs, batches of 256, sequential, "all". The defaults are the first with a learning
-    rate and a batch size for small networks; keep to 1e-4 on pre-trained ones.
+    of SalUn does. Published: Adam 1e-4, 3 epochs, batches of 128, mixed, "others" (also under the name
+    "amnesiac", which is a method of its own here without these choices); and SGD 0.013 with momentum 0.9, 10
+    epochs, batches of 256, "all", sequential (the code of SalUn on CIFAR-10 and SVHN) or mixed (on CIFAR-100 and
+    Tiny ImageNet). The defaults are the first with a learning rate and a batch size for small networks; keep
+    to 1e-4 on pre-trained ones.
 
     Attributes:
         label_set: "others" or "all", see above.

@@ -18,6 +18,7 @@ from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import unlearner
 from palimpsest.forget.classifier.scrub import PAPER, SCRUB, students
+from palimpsest.parts.labels import labels_of
 from palimpsest.tasks.classification import Classification
 
 
@@ -80,8 +81,8 @@ class ScrubRewind(SCRUB):
                 "SCRUB+R compares with records that were never trained on: give ForgetSplit.holdout or "
                 "validation=Records(...), or use 'scrub'."
             )
-        classes = np.unique(_labels(split.forget, task, runtime))
-        alike = np.isin(_labels(unseen, task, runtime), classes)
+        classes = np.unique(labels_of(split.forget, task, runtime))
+        alike = np.isin(labels_of(unseen, task, runtime), classes)
         if not alike.any():
             raise MissingNeed(
                 f"SCRUB+R needs validation records of the forget set's classes {classes.tolist()}, but none of "
@@ -104,9 +105,3 @@ def nearest_epoch(errors: Sequence[float], reference: float) -> int:
     """Position of the error nearest to the reference, the last of several equally near ones."""
     gaps = np.abs(np.asarray(errors) - reference)
     return int(np.flatnonzero(gaps == gaps.min())[-1])
-
-
-def _labels(records: Records, task: Classification, runtime: Runtime) -> np.ndarray:
-    if task.label == "label" and records.has_column("label"):
-        return records.column("label")
-    return torch.cat([batch[task.label].cpu() for batch in runtime.batches(records, task)]).numpy()
