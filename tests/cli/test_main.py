@@ -13,7 +13,10 @@ import pytest
 import palimpsest
 from palimpsest.cli.main import RESUMABLE
 
-VERBS = ["compare", "forget", "audit", "report", "methods", "audits", "advise", "replicate", "data", "models"]
+VERBS = [
+    "compare", "forget", "audit", "worst-case", "report", "methods", "audits", "advise", "replicate", "data",
+    "models",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)

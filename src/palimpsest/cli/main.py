@@ -20,12 +20,13 @@ from palimpsest.cli import (
     models,
     replicate,
     report,
+    worst_case,
 )
 from palimpsest.cli.output import complain, say
 from palimpsest.core.errors import PalimpsestError
 
 BAD_INPUT, INTERRUPTED = 2, 130
-RESUMABLE = ("compare", "replicate")
+RESUMABLE = ("compare", "replicate", "worst-case")
 
 
 class Verbs(TyperGroup):
@@ -79,8 +80,8 @@ def options(
     """
 
 
-for verb in (compare, forget, audit, report, methods, audits, advise, replicate, data, models):
-    app.command(verb.__name__.rpartition(".")[2], epilog=verb.EXAMPLE)(verb.command)
+for verb in (compare, forget, audit, worst_case, report, methods, audits, advise, replicate, data, models):
+    app.command(verb.__name__.rpartition(".")[2].replace("_", "-"), epilog=verb.EXAMPLE)(verb.command)
 
 
 def run() -> None:

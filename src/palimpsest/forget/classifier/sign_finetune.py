@@ -25,7 +25,9 @@ from palimpsest.parts.parameters import trainable
 from palimpsest.parts.record_weights import check_weights, row_finder
 
 PAPER = Paper(
-    "Challenging Forgets: Unveiling the Worst-Case Forget Sets in Machine Unlearning", "ECCV 2024", "2403.07362"
+    "Challenging Forgets: Unveiling the Worst-Case Forget Sets in Machine Unlearning",
+    "ECCV 2024",
+    "2403.07362",
 )
 Mode = Literal["train", "eval"]
 
@@ -128,7 +130,7 @@ def weighted_loss(losses: Float[Tensor, " batch"], keep: Float[Tensor, " batch"]
 def sign_step(
     parameters: Mapping[str, nn.Parameter], loss: Float[Tensor, ""], lr: float, batch: Batch
 ) -> None:
-    """theta <- theta - lr * sign(gradient); a gradient of exactly zero moves nothing.
+    """Step theta <- theta - lr * sign(gradient); a gradient of exactly zero moves nothing.
 
     Raises:
         NonFiniteLoss: If the loss is NaN or Inf, naming records of the batch; nothing is applied.

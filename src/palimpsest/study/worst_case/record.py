@@ -81,6 +81,16 @@ class WorstCase:
             f"(it is {self.settings['upper_lr']:g}) or steps (now {len(self.history)})."
         )
 
+    @property
+    def caution(self) -> str:
+        """What the lower level leaves open; empty where its implicit gradient is zero."""
+        if self.settings["implicit_gradient"] == "zero":
+            return ""
+        return (
+            f"The lower level '{self.settings['lower']}' does not move by signs of gradients: how its result "
+            "depends on the choice was ignored."
+        )
+
     def selection(self) -> Selection:
         """The set as a request for `split`."""
         return by_ids(self.ids)
@@ -96,6 +106,7 @@ class WorstCase:
             "fingerprint": self.fingerprint,
             "palimpsest": palimpsest.__version__,
             "warning": self.warning,
+            "caution": self.caution,
             "history": [dict(step) for step in self.history],
             "evaluation": [dict(row) for row in self.evaluation],
             "scores": dict(self.weights),
@@ -128,7 +139,9 @@ class WorstCase:
                 evaluation=tuple(stored["evaluation"]),
             )
         except KeyError as missing:
-            raise InvalidRecipe(f"{path} holds no worst-case forget set: {missing} is not in it.") from missing
+            raise InvalidRecipe(
+                f"{path} holds no worst-case forget set: {missing} is not in it."
+            ) from missing
 
 
 @dataclass
@@ -248,7 +261,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as problem:
         raise InvalidRecipe(f"Cannot read {path}: {problem.strerror}.") from problem
     except ValueError as problem:
-        raise InvalidRecipe(f"{path} is no valid JSON: {problem}. Remove it, or choose another file.") from problem
+        raise InvalidRecipe(
+            f"{path} is no valid JSON: {problem}. Remove it, or choose another file."
+        ) from problem
     if not isinstance(stored, dict) or not str(stored.get("kind", "")).startswith(KIND):
         raise InvalidRecipe(f"{path} holds no worst-case forget set. Choose another file.")
     return stored

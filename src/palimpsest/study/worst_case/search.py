@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -55,6 +55,8 @@ from palimpsest.study.worst_case.selection import (
 )
 
 By = Literal["record", "class"]
+BY_SIGNS = ("sign-finetune", "sign-retrain")
+"""Methods whose result does not depend on the weights to first order."""
 SHARE_OF_CLASSES = 0.1
 """Share of the classes that is searched for unless a number is said, as published."""
 
@@ -181,6 +183,7 @@ def worst_case(
     about = {
         "goal": search.goal, "by": search.by, "size": m, "lower": method.card.name,
         "lower_settings": settings_of(method), "weighted": isinstance(method, Weighted),
+        "implicit_gradient": "zero" if method.card.name in BY_SIGNS else "ignored",
         "seed": runtime.seed, **{k: v for k, v in asdict(search).items() if k not in ("goal", "by")},
     }  # fmt: skip
     given = None if start is None else first.tolist()

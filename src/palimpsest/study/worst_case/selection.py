@@ -66,7 +66,7 @@ def upper_step(
     goal: Goal = "hardest",
     tolerance: float = PUBLISHED_TOLERANCE,
 ) -> Weights:
-    """w <- project(w -+ lr (l + 2 gamma w)): down to what unlearning leaves fitted, up to what it takes away.
+    """Step w <- project(w -+ lr (l + 2 gamma w)): down to what unlearning leaves fitted, or up.
 
     Records with a LOW loss under the unlearned model are the hardest to forget: unlearning failed on them.
 
