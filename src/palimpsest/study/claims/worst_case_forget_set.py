@@ -1,6 +1,6 @@
 """Measurements for the claims of worst-case forget sets.
 
-On every seed of a study the sets are found three times over, with other seeds of the search and of the random
+On every seed of a study the sets are found five times over, with other seeds of the search and of the random
 draw, and each is retrained without once, with its own seed: `REPEATS` pairs of a set and a retrained model.
 """
 
@@ -22,7 +22,7 @@ from palimpsest.study.worst_case import Chooser, Evaluator, WorstCase, worst_cas
 from palimpsest.study.worst_case.evaluation import Row
 from palimpsest.study.worst_case.record import model_fingerprint
 
-REPEATS = 3
+REPEATS = 5
 STEPS, UPPER_LR, SLOW_LR = 6, 10.0, 0.1
 """Upper steps, the upper learning rate, and one with which w hardly moves."""
 METHODS = (

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -225,10 +225,9 @@ class Evaluator:
         }
         if key in found:
             return {**found[key], **about}
-        quiet = Runtime(
-            device=self.runtime.device, workers=self.runtime.workers, threads=self.runtime.threads
+        runtime = replace(
+            self.runtime, seed=self.runtime.derive("worst-case evaluation", seed), progress=False
         )
-        runtime = quiet.with_seed(self.runtime.derive("worst-case evaluation", seed))
         given: dict[str, Any] = {"recipe": recipe} if method.name == RETRAIN else settings
         split = self.split(ids)
         with runtime.limited():

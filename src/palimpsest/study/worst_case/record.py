@@ -237,7 +237,7 @@ def settings_of(method: Unlearner) -> dict[str, Any]:
     """A method's hyperparameters as plain data; what is no plain data by its text."""
     if not is_dataclass(method):
         return {"method": repr(method)}
-    found = {item.name: getattr(method, item.name) for item in fields(method)}
+    found = {item.name: getattr(method, item.name) for item in fields(method) if item.compare}
     return {name: _plain(value) for name, value in found.items()}
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -189,7 +189,7 @@ def worst_case(
     given = None if start is None else first.tolist()
     kept = Progress.open(out, search_key(model, records, method, runtime, about, given), search.steps)
     w, history = kept.state or (first, [])
-    quiet = Runtime(runtime.seed, runtime.device, runtime.batch_size, runtime.workers, False, runtime.threads)
+    quiet = replace(runtime, progress=False)  # two bars at once cannot be drawn
     level = LowerLevel(model, records, task, method, items, m)
     remaining = range(len(history), search.steps)
     with runtime.limited():
