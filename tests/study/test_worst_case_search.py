@@ -417,7 +417,9 @@ def test_losses_that_are_no_numbers_stop_the_search_and_name_records(blobs, trai
         def unlearn(self, model, split, task, runtime):
             broken = build_model("mlp", (6,), 3, seed=0, width=16)
             with torch.no_grad():
-                broken.head.bias.copy_(torch.tensor([3e38, -3e38, 0.0]))  # finite, but their difference is not
+                broken.head.bias.copy_(
+                    torch.tensor([3e38, -3e38, 0.0])
+                )  # finite, but their difference is not
             return broken
 
     with pytest.raises(NonFiniteLoss, match="on records"):
