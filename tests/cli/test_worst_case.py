@@ -14,7 +14,7 @@ from palimpsest.models import build_model
 from palimpsest.study.worst_case import WorstCase
 
 SMALL = ("--data", "digits", "--arch", "mlp", "--arch-set", "width=32")
-TINY = (*SMALL, "--epochs", "3", "--lr", "0.003")
+TINY = (*SMALL, "--epochs", "6", "--lr", "0.003")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_a_set_is_found_and_compare_forgets_it_from_the_same_model(run, class_re
     assert table["hardest"]["forget_loss"] < table["random"]["forget_loss"]
     forgets = ("--forget", "worst.json", "--forget", "fraction=0.1")
     compared = run("compare", "--data", "digits", *forgets, "--methods", "finetune", "--model", "mlp",
-                   "--set", "model.settings.width=32", "--epochs", "3", "--set", "training.lr=0.003",
+                   "--set", "model.settings.width=32", "--epochs", "6", "--set", "training.lr=0.003",
                    "--controls", "1", "--audits", "utility", "--no-report", "--out", "run")  # fmt: skip
     assert compared.exit_code == 0, compared.output
     cells = json.loads(Path("run/results.json").read_text())["cells"]
@@ -99,31 +99,25 @@ def test_a_search_by_class_and_one_below_another_method_say_what_they_are(run, w
     assert len(said["ids"]) == 54 and said["summary"] == []
 
 
-def test_an_interrupted_search_goes_on_with_the_same_command(start, tmp_path, weights):
+def test_an_interrupted_search_goes_on_with_the_same_command(start, run, tmp_path, weights):
     words = ["worst-case", *SMALL, "--model", weights / "bare.safetensors", "--size", "50", "--no-evaluate",
-             "--steps", "60", "--lower-set", "epochs=3", "--upper-lr", "1", "--out", "worst.json", "--json"]  # fmt: skip
+             "--steps", "25", "--lower-set", "epochs=2", "--upper-lr", "1", "--json"]  # fmt: skip
     part = tmp_path / "worst.json.part"
-    process = start(*words)
-    limit = time.monotonic() + 60
+    process = start(*words, "--out", "worst.json")
+    limit = time.monotonic() + 120
     while not part.exists() and time.monotonic() < limit and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "resume with the same command" in errors and "Traceback" not in errors and output == ""
-    done = len(json.loads(part.read_text())["history"])
-    assert 1 <= done < 60 and not (tmp_path / "worst.json").exists()
-    killed = start(*words)
-    while len(json.loads(part.read_text())["history"]) == done and time.monotonic() < limit:
-        time.sleep(0.01)
-    killed.kill()
-    killed.communicate(timeout=60)
-    assert len(json.loads(part.read_text())["history"]) > done
-    resumed, _ = start(*words).communicate(timeout=120)
-    words[words.index("worst.json")] = "whole.json"
-    whole, _ = start(*words).communicate(timeout=120)
-    found, truth = json.loads(resumed), json.loads(whole)
-    assert {**found, "out": ""} == {**truth, "out": ""} and len(found["history"]) == 60
+    before = json.loads(part.read_text())["history"]
+    assert 1 <= len(before) < 25 and not (tmp_path / "worst.json").exists()
+    resumed = run(*words, "--out", "worst.json")
+    whole = run(*words, "--out", "whole.json")
+    found, truth = json.loads(resumed.stdout), json.loads(whole.stdout)
+    assert len(found["history"]) == 25 and found["history"][: len(before)] == before
+    assert {**found, "out": ""} == {**truth, "out": ""}
     stored = [json.loads((tmp_path / name).read_text())["scores"] for name in ("worst.json", "whole.json")]
     assert stored[0] == stored[1] and not part.exists()
 
