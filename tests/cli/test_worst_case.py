@@ -152,13 +152,16 @@ def test_an_interrupted_search_goes_on_with_the_same_command(start, run, tmp_pat
         ({"--lr": "0.1"}, "--lr needs --epochs"),
         ({"--test": "0"}, "--no-evaluate"),
         ({"--data": "digit"}, "Did you mean 'digits'?"),
-        ({"--out": "model.safetensors"}, "is no valid JSON"),
+        ({"--out": "worst.safetensors"}, "must end in .json"),
+        ({"--out": "other.json"}, "is no valid JSON"),
+        ({"--out": "other.json", "--model": None}, "is no valid JSON"),
         ({"--device": "cuda:7"}, "device"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_before_any_work_and_nothing_is_written(run, weights, tmp_path, change, said):
     for name in ("model.safetensors", "bare.safetensors"):
         (tmp_path / name).write_bytes((weights / name).read_bytes())
+    (tmp_path / "other.json").write_text("{")
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     words = {
         "--data": "digits", "--arch": "mlp", "--arch-set": "width=32", "--model": "model.safetensors",

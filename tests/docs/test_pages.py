@@ -95,6 +95,7 @@ def test_the_audit_of_the_guide_runs_in_compare_as_told(tmp_path):
     assert 0 < findings["margin"]["value"] <= 1 and findings["margin"]["n"] > 100
 
 
+@pytest.mark.slow  # tests/cli/test_worst_case.py does the same in short
 def test_the_guide_to_worst_cases_runs_as_told(tmp_path):
     search, forget, judge = blocks(ROOT / "docs" / "guide" / "worst-case.md", "bash")
     done = _do(search, tmp_path)

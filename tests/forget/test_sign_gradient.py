@@ -151,7 +151,16 @@ def test_evaluation_mode_leaves_the_statistics_of_batch_norm_alone(digits_task):
 
 @pytest.mark.parametrize("method", ["sign-finetune", "sign-retrain"])
 @pytest.mark.parametrize(
-    "wrong", [{"lr": 0.0}, {"lr": -1e-3}, {"lr": 2.0}, {"epochs": 0}, {"batch_size": 0}, {"mode": "off"}]
+    "wrong",
+    [
+        {"lr": 0.0},
+        {"lr": -1e-3},
+        {"lr": 2.0},
+        {"epochs": 0},
+        {"epochs": 1.5},
+        {"batch_size": 0},
+        {"mode": "off"},
+    ],
 )
 def test_hyperparameters_out_of_range_are_refused(small, digits_task, method, wrong):
     model, request = small

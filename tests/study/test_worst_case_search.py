@@ -20,6 +20,7 @@ from palimpsest.core.errors import (
     InvalidRecipe,
     InvalidRecords,
     MissingNeed,
+    ModelMismatch,
     NonFinite,
     NonFiniteLoss,
     UnknownName,
@@ -390,6 +391,10 @@ def test_records_and_models_that_cannot_be_used_are_refused_before_any_work(blob
         worst_case(trained, blobs, digits_task, 6, "sign-finetun")
     with pytest.raises(UnknownName, match="epochs"):
         worst_case(trained, blobs, digits_task, 6, lower_settings={"epoch": 2})
+    elsewhere = SpyOnSets()
+    object.__setattr__(elsewhere, "card", Card("elsewhere", "", NEEDS, ("language",), None))
+    with pytest.raises(ModelMismatch, match="works for language, not for classification"):
+        worst_case(trained, blobs, digits_task, 6, elsewhere)
     untaught = build_model("mlp", (6,), 3, seed=0, width=16)
     with pytest.raises(MissingNeed, match="training-recipe"):
         worst_case(untaught, blobs, digits_task, 6, "retrain")

@@ -134,10 +134,15 @@ def command(
     worst. It is kept after every step: the same command goes on after an interrupt. Use the same data,
     split, architecture and epochs with `palimpsest compare --forget FILE`.
     """
+    if out.suffix != ".json":
+        raise InvalidHyperparameter(
+            f"--out must end in .json, as --forget reads no other file of ids: {out}."
+        )
     import_modules(imports)
     from palimpsest.core.writing import check_writable
     from palimpsest.study.worst_case import Chooser, Evaluator, Search, summary, worst_case
     from palimpsest.study.worst_case.baselines import check_baselines
+    from palimpsest.study.worst_case.record import found_at
     from palimpsest.study.worst_case.search import Items, set_size
     from palimpsest.tasks import Classification
 
@@ -163,6 +168,7 @@ def command(
         probe.check(compared)
     _check_lower(lower, read_settings(lower_set))
     task.check(runtime.place(start), parts.train)
+    found_at(out)
     check_writable(out.absolute().parent)
     say(f"training records: {len(parts.train)}, to choose: {number} ({search.by})")
     original = start if model is not None else _trained(start, parts, runtime, recipe, out)

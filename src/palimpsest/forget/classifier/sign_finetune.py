@@ -150,7 +150,9 @@ def check_sign_settings(lr: float, epochs: int, batch_size: int, mode: str) -> N
         InvalidHyperparameter: For a value out of range.
     """
     check_range("lr", lr, 0, 1, open_low=True)
-    check_range("epochs", epochs, 1, float("inf"))
-    check_range("batch_size", batch_size, 1, float("inf"))
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        check_range(name, value, 1, float("inf"))
+        if value != int(value):
+            raise InvalidHyperparameter(f"{name} must be an integer, not {value!r}.")
     if mode not in ("train", "eval"):
         raise InvalidHyperparameter(f"mode must be 'train' or 'eval', not {mode!r}.")

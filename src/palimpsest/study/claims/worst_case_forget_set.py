@@ -228,7 +228,7 @@ def _compared(keyed: _Keyed) -> list[Row]:
 
 
 def _search(setting: Setting, repeats: int, **settings: Any) -> tuple[WorstCase, ...]:
-    how = {"steps": STEPS, "upper_lr": UPPER_LR, "gamma": 0.0, **settings}
+    how: dict[str, Any] = {"steps": STEPS, "upper_lr": UPPER_LR, "gamma": 0.0, **settings}
     return tuple(
         worst_case(
             setting.original, setting.split.train, setting.task, len(setting.split.forget),

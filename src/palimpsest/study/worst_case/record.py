@@ -171,12 +171,7 @@ class Progress:
         if out is None:
             return cls(None, key)
         path = Path(out).absolute()
-        if path.is_dir():
-            raise InvalidRecipe(f"{out} is a folder: say a file for the result.")
-        for place in (_part(path), path):  # the unfinished one goes further
-            if not place.exists():
-                continue
-            stored = _read(place)
+        for place, stored in found_at(path).items():
             if stored.get("fingerprint") != key:
                 raise InvalidRecipe(
                     f"{place} holds another search (other data, model or settings). Remove it, or choose another file."
@@ -206,6 +201,18 @@ class Progress:
         if _part(self.path).exists() or not self.path.exists():
             result.save(self.path)
         _part(self.path).unlink(missing_ok=True)
+
+
+def found_at(path: str | Path) -> dict[Path, dict[str, Any]]:
+    """What lies where a result is to be written: an unfinished search, which goes further, then a result.
+
+    Raises:
+        InvalidRecipe: If something else lies there.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise InvalidRecipe(f"{path} is a folder: say a file for the result.")
+    return {place: _read(place) for place in (_part(path), path) if place.exists()}
 
 
 def search_key(

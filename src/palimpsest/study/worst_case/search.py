@@ -31,10 +31,11 @@ from palimpsest.core.errors import (
     InvalidHyperparameter,
     InvalidLabels,
     InvalidRecords,
+    ModelMismatch,
     NonFiniteLoss,
 )
 from palimpsest.core.modes import evaluating
-from palimpsest.core.needs import Need, require
+from palimpsest.core.needs import require
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
@@ -362,6 +363,10 @@ def _check(
     """Find bad input before any work."""
     if abs(first.sum() - m) > max(1e-3, 1e-5 * items.count):
         raise InvalidHyperparameter(f"The weights to start from sum to {first.sum():g}, not to size = {m}.")
+    if not {"any", task.name} & set(method.card.tasks):
+        raise ModelMismatch(
+            f"Method '{method.card.name}' works for {', '.join(method.card.tasks)}, not for {task.name}."
+        )
     rows = row_finder(records)
     rows(next(iter(runtime.batches(records.select([0, 1]), task, 2))))
     check_finite(model)
@@ -369,10 +374,6 @@ def _check(
     gone = items.records_of(top(first, m))
     split = ForgetSplit(records.select(gone), records.select(~gone))
     require(method.card.name, method.card.needs, needs_met(model, split, method))
-    if not {"any", task.name} & set(method.card.tasks):
-        raise InvalidHyperparameter(f"Method '{method.card.name}' does not work for {task.name}.")
-    if Need.FORGET_LABELS in method.card.needs:
-        task.check(model, records, labels=True)
 
 
 def _used(
