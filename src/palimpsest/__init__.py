@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from palimpsest.parts.checkpoint import load_model, save_model
     from palimpsest.parts.training import TrainingRecipe, train
     from palimpsest.study.compare import compare
+    from palimpsest.study.worst_case.search import worst_case
 
 _PLACES = {
     "tasks": "palimpsest.tasks",
@@ -59,6 +60,7 @@ _PLACES = {
     "TrainingRecipe": "palimpsest.parts.training:TrainingRecipe",
     "train": "palimpsest.parts.training:train",
     "compare": "palimpsest.study.compare:compare",
+    "worst_case": "palimpsest.study.worst_case.search:worst_case",
 }
 
 __all__ = ["__version__", *_PLACES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -11,10 +11,7 @@ import time
 import pytest
 
 import palimpsest
-from palimpsest.cli.main import RESUMABLE
-from palimpsest.cli.main import VERBS as MODULES
-
-VERBS = [verb.__name__.rpartition(".")[2] for verb in MODULES]
+from palimpsest.cli.main import RESUMABLE, VERBS
 
 
 @pytest.mark.parametrize("verb", VERBS)

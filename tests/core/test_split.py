@@ -60,6 +60,35 @@ def test_named_ids_stay_in_the_training_data_and_are_all_forgotten(digits):
     assert sorted(parts.forget.ids) == sorted(named)
 
 
+def test_named_ids_of_the_training_data_leave_test_and_holdout_as_they_are(digits):
+    other = pal.split(digits, pal.by_fraction(0.1), seed=3)
+    named = pal.split(digits, pal.by_ids(other.train.ids[::7]), seed=3)
+    assert named.test.ids == other.test.ids and named.holdout.ids == other.holdout.ids
+    assert sorted(named.train.ids) == sorted(other.train.ids)
+
+
+def test_records_of_the_same_label_take_the_places_of_named_ones_in_test_and_holdout(digits):
+    other = pal.split(digits, pal.by_fraction(0.1), seed=3)
+    named = other.test.ids[:40] + other.holdout.ids[:40]
+    parts = pal.split(digits, pal.by_ids(named), seed=3)
+    assert sorted(parts.forget.ids) == sorted(named)
+    for part, before in ((parts.test, other.test), (parts.holdout, other.holdout)):
+        assert np.bincount(part.column("label")).tolist() == np.bincount(before.column("label")).tolist()
+    assert set(other.test.ids) - set(named) <= set(parts.test.ids)
+
+
+def test_records_of_other_labels_take_their_places_where_none_of_their_own_is_left():
+    records = records_of([0] * 6 + [1] * 14)
+    parts = pal.split(records, pal.by_ids([str(i) for i in range(6)]), test=0.3, holdout=0.2)
+    assert len(parts.forget) == 6 and (len(parts.test), len(parts.holdout)) == (6, 4)
+    assert set(parts.test.column("label")) == {1}
+
+
+def test_too_many_named_ids_leave_no_records_to_draw():
+    with pytest.raises(InvalidSplit, match="only 2 are free"):
+        pal.split(records_of([0, 1] * 10), pal.by_ids([str(i) for i in range(18)]), test=0.3, holdout=0.0)
+
+
 def test_rules_compose():
     records = records_of([0, 0, 0, 0, 1, 1, 1, 1], subject=list("abababab"))
     label, subject = pal.by_column("label", 1), pal.by_column("subject", "a")

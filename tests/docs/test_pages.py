@@ -95,6 +95,29 @@ def test_the_audit_of_the_guide_runs_in_compare_as_told(tmp_path):
     assert 0 < findings["margin"]["value"] <= 1 and findings["margin"]["n"] > 100
 
 
+@pytest.mark.slow  # tests/cli/test_worst_case.py does the same in short
+def test_the_guide_to_worst_cases_runs_as_told(tmp_path):
+    search, forget, judge = blocks(ROOT / "docs" / "guide" / "worst-case.md", "bash")
+    done = _do(search, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "objective" in done.stdout and "lowest-loss" in done.stdout
+    done = _do(forget, tmp_path)
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((tmp_path / "runs" / "worst" / "results.json").read_text())
+    assert len(stored["cells"]) == 6 and all(cell["status"] == "done" for cell in stored["cells"])
+    done = _do(judge, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "random-label, lr=" in done.stdout
+
+
+def test_the_lines_of_the_guide_to_worst_cases_run():
+    [code] = blocks(ROOT / "docs" / "guide" / "worst-case.md", "python")
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["errors"]["hardest"] < names["errors"]["random"]
+    assert len(names["hardest"]) == 5 and len(names["request"].forget) == len(names["worst"].ids)
+
+
 def test_the_ten_lines_of_the_quickstart_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own, ten, more = blocks(ROOT / "docs" / "guide" / "quickstart.md", "python")

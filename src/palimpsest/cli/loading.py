@@ -40,14 +40,22 @@ class Architecture:
             UnreadableCheckpoint, ModelMismatch, NonFinite: If the file or the weights do not fit.
             InvalidLabels: If the number of classes is neither given nor seen in the labels.
         """
-        from palimpsest.models import build_model
         from palimpsest.parts.checkpoint import load_model
+
+        return load_model(path, self.fresh(parts))
+
+    def fresh(self, parts: ForgetSplit, seed: int = 0) -> nn.Module:
+        """The network with initial weights.
+
+        Raises:
+            InvalidLabels: If the number of classes is neither given nor seen in the labels.
+        """
+        from palimpsest.models import build_model
 
         sample = parts.forget[0].get("input")
         if sample is None:
             raise InvalidRecords("The records have no field 'input' to give to the model.")
-        network = build_model(self.name, tuple(sample.shape), self._classes(parts), **self.settings)
-        return load_model(path, network)
+        return build_model(self.name, tuple(sample.shape), self._classes(parts), seed=seed, **self.settings)
 
     def _classes(self, parts: ForgetSplit) -> int:
         if self.classes is not None:

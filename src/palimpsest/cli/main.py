@@ -22,12 +22,13 @@ from palimpsest.cli import (
     replicate,
     report,
     tune,
+    worst_case,
 )
 from palimpsest.cli.output import complain, say
 from palimpsest.core.errors import PalimpsestError
 
 BAD_INPUT, INTERRUPTED = 2, 130
-RESUMABLE = ("compare", "tune", "replicate", "leaderboard")
+RESUMABLE = ("compare", "tune", "worst-case", "replicate", "leaderboard")
 
 
 class Verbs(TyperGroup):
@@ -81,9 +82,14 @@ def options(
     """
 
 
-VERBS = (compare, forget, audit, tune, report, methods, audits, advise, replicate, leaderboard, data, models)
-for verb in VERBS:
-    app.command(verb.__name__.rpartition(".")[2], epilog=verb.EXAMPLE)(verb.command)
+VERBS = {
+    module.__name__.rpartition(".")[2].replace("_", "-"): module
+    for module in (
+        compare, forget, audit, worst_case, tune, report, methods, audits, advise, replicate, leaderboard, data, models,
+    )
+}  # fmt: skip
+for name, verb in VERBS.items():
+    app.command(name, epilog=verb.EXAMPLE)(verb.command)
 
 
 def run() -> None:

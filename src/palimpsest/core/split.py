@@ -148,8 +148,10 @@ def split(
 
     Test and holdout are drawn first, in proportion within every label where there is a `"label"` column;
     the forget rule is then applied to what remains, the training data. Records that the rule names one
-    by one (`by_ids`) always remain in the training data. The same seed gives the same test and holdout
-    for every rule without named ids, so that several requests can share one trained model.
+    by one (`by_ids`) always remain in the training data: where the draw took one, another record (of its
+    label, if there is one) goes in its place. So the same seed gives the same test and holdout for every
+    rule whose named ids, if any, lie in the training data anyway, and several requests can share one
+    trained model.
 
     Args:
         records: All data.
@@ -171,14 +173,14 @@ def split(
         'label = 1: forget 6, retain 6, test 4, holdout 4'
     """
     forget.check(records)
-    taken = np.isin(np.asarray(records.ids, dtype=object), list(forget.pinned))
+    pinned = np.isin(np.asarray(records.ids, dtype=object), list(forget.pinned))
+    taken = np.zeros(len(records), bool)
     if isinstance(test, float | int) and isinstance(holdout, float | int) and not 0 <= test + holdout < 1:
         raise InvalidSplit(f"test + holdout must be below 1 to leave training data, not {test + holdout:g}.")
     random = np.random.default_rng(seed)
     chosen: dict[str, Records | None] = {}
     for name, wanted in (("test", test), ("holdout", holdout)):
-        chosen[name], taken = _draw(records, name, wanted, taken, random)
-    pinned = np.isin(np.asarray(records.ids, dtype=object), list(forget.pinned))
+        chosen[name], taken = _draw(records, name, wanted, taken, pinned, random)
     train = records.select(~taken | pinned)
     mask = forget.mask(train)
     return ForgetSplit(
@@ -191,6 +193,7 @@ def _draw(
     name: str,
     wanted: float | Selection | Records,
     taken: Mask,
+    pinned: Mask,
     random: np.random.Generator,
 ) -> tuple[Records | None, Mask]:
     """One part and the mask of records now taken."""
@@ -199,26 +202,50 @@ def _draw(
         return wanted, taken | own
     if isinstance(wanted, Selection):
         wanted.check(records)
-        mask = wanted.mask(records) & ~taken
+        mask = wanted.mask(records) & ~taken & ~pinned
     else:
         if not 0 <= wanted < 1:
             raise InvalidSplit(f"{name} must be a share between 0 and 1, not {wanted}.")
-        mask = _proportional(records, round(wanted * len(records)), ~taken, random)
+        mask = _proportional(records, round(wanted * len(records)), ~taken, pinned, random)
     if not mask.any():
         return None, taken
     return records.select(mask), taken | mask
 
 
-def _proportional(records: Records, count: int, free: Mask, random: np.random.Generator) -> Mask:
-    """`count` free records, spread over the labels in proportion (systematic sampling after sorting)."""
+def _proportional(
+    records: Records, count: int, free: Mask, pinned: Mask, random: np.random.Generator
+) -> Mask:
+    """`count` free records, spread over the labels in proportion (systematic sampling after sorting).
+
+    Drawn as if nothing were pinned; then others take the places of pinned ones.
+    """
     candidates = random.permutation(np.flatnonzero(free))
-    if count > len(candidates):
-        ids = shorten(records.select(free).ids)
-        raise InvalidSplit(f"{count} records were to be drawn, only {len(candidates)} are free ({ids}).")
+    if count > int((free & ~pinned).sum()):
+        ids = shorten(records.select(free & ~pinned).ids)
+        raise InvalidSplit(
+            f"{count} records were to be drawn, only {int((free & ~pinned).sum())} are free ({ids})."
+        )
     if records.has_column("label"):
         labels = np.unique(records.column("label")[candidates].astype(str), return_inverse=True)[1]
         candidates = candidates[np.argsort(labels, kind="stable")]
     steps = np.floor((np.arange(len(candidates)) + 1) * count / max(len(candidates), 1))
     mask = np.zeros(len(records), bool)
     mask[candidates[np.diff(steps, prepend=0.0) > 0]] = True
+    return _replaced(records, mask, free, pinned, random)
+
+
+def _replaced(records: Records, drawn: Mask, free: Mask, pinned: Mask, random: np.random.Generator) -> Mask:
+    """The draw with every pinned record exchanged for a free one, of its label as far as there are any."""
+    clash = np.flatnonzero(drawn & pinned)
+    if not len(clash):
+        return drawn
+    spare = random.permutation(np.flatnonzero(free & ~pinned & ~drawn))
+    labels = records.column("label").astype(str) if records.has_column("label") else np.zeros(len(records))
+    chosen: list[int] = []
+    for label in np.unique(labels[clash]):
+        alike = spare[labels[spare] == label]
+        chosen += alike[: int((labels[clash] == label).sum())].tolist()
+    rest = spare[~np.isin(spare, chosen)][: len(clash) - len(chosen)]
+    mask = drawn & ~pinned
+    mask[chosen], mask[rest] = True, True
     return mask
