@@ -66,6 +66,7 @@ class Records(Dataset[dict[str, Any]]):
             if found is not None:
                 self._columns["label"] = found
         self._positions = np.arange(size)
+        self._left_out: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -131,6 +132,19 @@ class Records(Dataset[dict[str, Any]]):
             chosen = chosen.astype(np.int64)
         return self._view(self._positions[chosen])
 
+    def without(self, *names: str) -> Records:
+        """The same records, as a view whose items and columns have no field of these names.
+
+        What is left out is never touched: a method that must not read labels cannot, and items whose
+        labels cannot be stacked can still be put into batches.
+        """
+        view = self._view(self._positions)
+        view._left_out = self._left_out.union(names)
+        view._columns = {name: values for name, values in self._columns.items() if name not in names}
+        if self._tensors is not None:
+            view._tensors = {name: tensor for name, tensor in self._tensors.items() if name not in names}
+        return view
+
     def shares_data_with(self, other: Records) -> bool:
         """Whether both are views of the same complete data."""
         return self._dataset is other._dataset and self._ids is other._ids
@@ -172,9 +186,10 @@ class Records(Dataset[dict[str, Any]]):
 
     def _named(self, item: Any, position: int) -> dict[str, Any]:
         if isinstance(item, Mapping):
-            named: dict[str, Any] = dict(item)
+            named: dict[str, Any] = {key: item[key] for key in item if key not in self._left_out}
         elif isinstance(item, tuple | list):
-            named = dict(zip(self._fields, item, strict=False))
+            pairs = zip(self._fields, item, strict=False)
+            named = {key: value for key, value in pairs if key not in self._left_out}
         else:
             named = {self._fields[0]: item}
         named["id"] = self._ids[position]
