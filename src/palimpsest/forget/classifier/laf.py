@@ -1,17 +1,19 @@
-"""Label-agnostic forgetting: move representations of forget records where they are badly reconstructed."""
+"""Label-agnostic forgetting: move the representations of forget records to where they are badly rebuilt."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from palimpsest.core.errors import InvalidRecords, MissingNeed, ModelMismatch
+from palimpsest.core.errors import InvalidHyperparameter, MissingNeed, ModelMismatch, NonFinite
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
@@ -19,7 +21,7 @@ from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.parts.activations import output_with_graph
 from palimpsest.parts.parameters import trainable
-from palimpsest.parts.training import TrainingRecipe, step
+from palimpsest.parts.training import step
 from palimpsest.parts.vae import VAE, Output, fit_vae
 from palimpsest.tasks.classification import Classification
 
@@ -27,6 +29,9 @@ log = logging.getLogger("palimpsest")
 PAPER = Paper(
     "Label-Agnostic Forgetting: A Supervision-Free Unlearning in Deep Models", "ICLR 2024", "2404.00506"
 )
+LARGEST = torch.finfo(torch.float32).max
+SMALL_REACH = 0.05
+"""Steps times learning rates below which hardly anything can change; the published runs have 0.3 to 1."""
 
 
 @unlearner(
@@ -37,78 +42,191 @@ PAPER = Paper(
 )
 @dataclass(frozen=True)
 class LAF:
-    """TODO"""
+    """DOC"""
 
-    epochs: int = 40
-    lr_extraction: float = 1e-3
-    lr_alignment: float = 3e-4
+    steps: int = 640
+    epochs: int | None = None
+    lr_unlearning: float = 1e-4
+    lr_alignment: float = 1e-3
     temperature: float = 20.0
-    least_steps: int = 160
     batch_size: int = 32
-    latent: int = 8
+    layer: str | None = None
     decoder: Output = "sigmoid"
+    latent: int = 8
     vae_epochs: int = 10
     vae_lr: float = 1e-3
-    layer: str | None = None
-    extraction: bool = True
-    alignment: bool = True
 
-    def unlearn(self, model, split, task, runtime):
-        forget = split.forget.without(task.label)
-        retain = split.retain.without(task.label)
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "latent", "vae_epochs"):
+            check_range(name, getattr(self, name), 1, float("inf"))
+        if self.epochs is not None:
+            check_range("epochs", self.epochs, 1, float("inf"))
+        for name in ("temperature", "vae_lr"):
+            check_range(name, getattr(self, name), 0, LARGEST, open_low=True)
+        for name in ("lr_unlearning", "lr_alignment"):
+            check_range(name, getattr(self, name), 0, LARGEST)
+        if self.lr_unlearning == self.lr_alignment == 0:
+            raise InvalidHyperparameter("Of lr_unlearning and lr_alignment only one can be 0: nothing would move.")
+        if self.decoder not in ("sigmoid", "linear"):
+            raise InvalidHyperparameter(f"decoder must be 'sigmoid' or 'linear', not {self.decoder!r}.")
+
+    def unlearn(
+        self, model: nn.Module, split: ForgetSplit, task: Classification, runtime: Runtime
+    ) -> nn.Module:
+        """The student after the last step; no label is read.
+
+        Raises:
+            MissingNeed: If the retained records are not at hand.
+            UnknownName, ModelMismatch: If there is no representation, or nothing that trains feeds it.
+            NonFinite, NonFiniteLoss: If representations hold NaN or Inf, or a loss becomes so.
+        """
+        if split.retain is None:
+            raise MissingNeed("LAF needs the retained records, or a sample of them; labels are not needed.")
+        forget, retain = split.forget.without(task.label), split.retain.without(task.label)
         student = runtime.place(copy.deepcopy(model)).eval()
         teacher = runtime.place(copy.deepcopy(model)).eval().requires_grad_(False)
-        with runtime.seeded("laf autoencoders"):
-            e = representations(teacher, forget.union(retain), task, runtime, self.layer)
-            all_vae = fit_vae(e, runtime.generator("a"), self.latent, self.decoder, self.vae_epochs, self.vae_lr, self.batch_size)
-            e = representations(teacher, forget, task, runtime, self.layer)
-            forget_vae = fit_vae(e, runtime.generator("b"), self.latent, self.decoder, self.vae_epochs, self.vae_lr, self.batch_size)
-        extract = torch.optim.Adam(trainable(student).values(), self.lr_extraction)
-        align = torch.optim.Adam(trainable(student).values(), self.lr_alignment)
-        order = runtime.generator("laf order")
-        taken, epoch = 0, 0
+        parameters = list(trainable(student).values())
+        self._check_representation(student, forget, task, runtime)
+        whole_vae, forget_vae = self._model_representations(teacher, forget, retain, task, runtime)
+
+        unlearning = torch.optim.Adam(parameters, self.lr_unlearning)
+        alignment = torch.optim.Adam(parameters, self.lr_alignment)
+        steps = self._steps(forget, retain)
+        pairs = islice(self._pairs(forget, retain, task, runtime), steps)
         with runtime.seeded("laf"):
-            while epoch < self.epochs or taken < self.least_steps:
-                epoch += 1
-                pairs = zip(
-                    runtime.batches(forget, task, self.batch_size, shuffle=order),
-                    runtime.batches(retain, task, self.batch_size, shuffle=order),
-                )
-                for gone, kept in pairs:
-                    taken += 1
-                    if self.extraction:
-                        e_r, e_f = (representation(student, b, task, self.layer) for b in (kept, gone))
-                        loss = extraction_loss(e_r, all_vae(e_r)[0], e_f, forget_vae(e_f)[0])
-                        step(student, extract, loss, kept)
-                    if self.alignment:
-                        with torch.no_grad():
-                            t_r, t_f = (representation(teacher, b, task, self.layer) for b in (kept, gone))
-                        e_r, e_f = (representation(student, b, task, self.layer) for b in (kept, gone))
-                        loss = alignment_loss(e_r, t_r, e_f, t_f, self.temperature)
-                        step(student, align, loss, kept)
+            for gone, kept in runtime.track(pairs, "laf", total=steps):
+                if self.lr_unlearning > 0:
+                    e_kept, e_gone = self._represent(student, kept, gone, task)
+                    loss = unlearning_loss(e_kept, whole_vae(e_kept)[0], e_gone, forget_vae(e_gone)[0])
+                    step(student, unlearning, loss, gone)
+                if self.lr_alignment > 0:
+                    e_kept, e_gone = self._represent(student, kept, gone, task)
+                    with torch.no_grad():
+                        t_kept, t_gone = self._represent(teacher, kept, gone, task)
+                    loss = alignment_loss(e_kept, t_kept, e_gone, t_gone, self.temperature)
+                    step(student, alignment, loss, gone)
         return student
 
+    def _represent(
+        self, model: nn.Module, kept: Batch, gone: Batch, task: Classification
+    ) -> tuple[Float[Tensor, "kept dim"], Float[Tensor, "gone dim"]]:
+        return representation(model, kept, task, self.layer), representation(model, gone, task, self.layer)
 
-def representation(model, batch, task, layer=None):
+    def _check_representation(
+        self, student: nn.Module, records: Records, task: Classification, runtime: Runtime
+    ) -> None:
+        found = representation(student, next(runtime.batches(records, task, self.batch_size)), task, self.layer)
+        if not found.requires_grad:
+            raise ModelMismatch("No trainable parameter feeds the representation: nothing would be forgotten.")
+
+    def _model_representations(
+        self, teacher: nn.Module, forget: Records, retain: Records, task: Classification, runtime: Runtime
+    ) -> tuple[VAE, VAE]:
+        """Autoencoders of the original's representations: of all training records, of the forget records."""
+        fitted: list[VAE] = []
+        for name, records in (("whole", forget.union(retain)), ("forget", forget)):
+            vectors = representations(teacher, records, task, runtime, self.layer)
+            if not torch.isfinite(vectors).all():
+                raise NonFinite("Representations hold NaN or Inf.")
+            if not vectors.any():
+                raise ModelMismatch("All representations are zero: they have no direction to be moved from.")
+            with runtime.seeded(f"laf {name} autoencoder"):
+                order = runtime.generator(f"laf {name} autoencoder order")
+                vae = fit_vae(
+                    vectors, order, self.latent, self.decoder, self.vae_epochs, self.vae_lr, self.batch_size
+                )
+            fitted.append(vae)
+        return fitted[0], fitted[1]
+
+    def _steps(self, forget: Records, retain: Records) -> int:
+        """Number of pairs of steps; warns if they cannot get anywhere."""
+        shorter = -(-min(len(forget), len(retain)) // self.batch_size)
+        steps = self.steps if self.epochs is None else self.epochs * shorter
+        reach = steps * (self.lr_unlearning + self.lr_alignment)
+        if reach < SMALL_REACH:
+            log.warning(
+                "laf: %d steps at rates of %g and %g move a weight by at most %.2g, too little to forget "
+                "anything; raise steps, epochs or the rates.",
+                *(steps, self.lr_unlearning, self.lr_alignment, reach),
+            )
+        return steps
+
+    def _pairs(
+        self, forget: Records, retain: Records, task: Classification, runtime: Runtime
+    ) -> Iterator[tuple[Batch, Batch]]:
+        """Pairs (forget batch, retained batch) without end; an epoch stops with the shorter of the two."""
+        order = runtime.generator("laf order")
+        while True:
+            yield from zip(
+                runtime.batches(forget, task, self.batch_size, shuffle=order),
+                runtime.batches(retain, task, self.batch_size, shuffle=order),
+                strict=False,
+            )
+
+
+def representation(
+    model: nn.Module, batch: Batch, task: Classification, layer: str | None = None
+) -> Float[Tensor, "batch dim"]:
+    """What the head is given (`task.features`), or the output of a named layer, with its graph."""
     if layer is None:
         return task.features(model, batch)
     return output_with_graph(model, lambda: task.logits(model, batch), layer)
 
 
 @torch.no_grad()
-def representations(model, records, task, runtime, layer=None):
+def representations(
+    model: nn.Module, records: Records, task: Classification, runtime: Runtime, layer: str | None = None
+) -> Float[Tensor, "records dim"]:
+    """The same for all records in order, without graph."""
     return torch.cat([representation(model, b, task, layer) for b in runtime.batches(records, task)])
 
 
-def squashed_error(e, r):
-    return (1 - 1 / (1 + (r - e).square().sum(1))).exp().sum()
+def squashed_error(
+    representations: Float[Tensor, "batch dim"], reconstructions: Float[Tensor, "batch dim"]
+) -> Float[Tensor, ""]:
+    """Sum over records of exp(d / (d + 1)), d the squared distance of a representation from its reconstruction.
+
+    Every record counts between 1 (rebuilt exactly) and e, however badly it is rebuilt.
+    """
+    distance = (reconstructions - representations).square().sum(1)
+    return (1 - 1 / (distance + 1)).exp().sum()
 
 
-def extraction_loss(a, ra, b, rb):
-    return squashed_error(a, ra) - squashed_error(b, rb)
+def unlearning_loss(
+    retain: Float[Tensor, "kept dim"],
+    retain_reconstruction: Float[Tensor, "kept dim"],
+    forget: Float[Tensor, "gone dim"],
+    forget_reconstruction: Float[Tensor, "gone dim"],
+) -> Float[Tensor, ""]:
+    """L_UE: the squashed errors of retained recordsminus those of forget records."""
+    return squashed_error(retain, retain_reconstruction) - squashed_error(forget, forget_reconstruction)
 
 
-def alignment_loss(rs, rt, fs, ft, temperature):
-    def distance(x, y):
-        return F.cosine_embedding_loss(x, y, torch.ones(len(x), device=x.device), reduction="none")
-    return (distance(rs, rt) - (distance(fs, ft) / temperature).logsumexp(0)).sum()
+def alignment_loss(
+    retain: Float[Tensor, "kept dim"],
+    retain_teacher: Float[Tensor, "kept dim"],
+    forget: Float[Tensor, "gone dim"],
+    forget_teacher: Float[Tensor, "gone dim"],
+    temperature: float = 20.0,
+) -> Float[Tensor, ""]:
+    """L_RA: sum_i log(exp(c_i) / sum_j exp(q_j / T)), of cosine distances from the original's representations.
+
+    c_i = 1 - cos(student, teacher) of retained record i, q_j the same of forget record j: descending it
+    pulls retained records to where they were and pushes forget records away. It is a ratio of distances,
+    not of similarities. A representation of zeros has the distance 1 from anything.
+
+    Args:
+        retain: Representations of retained records.
+        retain_teacher: By the original.
+        forget: Representations of forget records.
+        forget_teacher: By the original.
+        temperature: T, above 0, of the forget records only.
+    """
+    pushed = (cosine_distance(forget, forget_teacher) / temperature).logsumexp(0)
+    return (cosine_distance(retain, retain_teacher) - pushed).sum()
+
+
+def cosine_distance(one: Float[Tensor, "batch dim"], two: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
+    """1 - cos of every row, safe for rows of zeros."""
+    same = torch.ones(len(one), device=one.device)
+    return F.cosine_embedding_loss(one, two, same, reduction="none")
