@@ -37,7 +37,13 @@ class VAE(nn.Module):
         self.dim = dim
         self.encoder = nn.Sequential(nn.Linear(dim, outer), nn.ReLU(), nn.Linear(outer, inner), nn.ReLU())
         self.mean, self.log_variance = nn.Linear(inner, latent), nn.Linear(inner, latent)
-        layers = [nn.Linear(latent, inner), nn.ReLU(), nn.Linear(inner, outer), nn.ReLU(), nn.Linear(outer, dim)]
+        layers = [
+            nn.Linear(latent, inner),
+            nn.ReLU(),
+            nn.Linear(inner, outer),
+            nn.ReLU(),
+            nn.Linear(outer, dim),
+        ]
         self.decoder = nn.Sequential(*layers, nn.Sigmoid() if output == "sigmoid" else nn.Identity())
 
     def forward(

@@ -66,7 +66,9 @@ class LAF:
         for name in ("lr_unlearning", "lr_alignment"):
             check_range(name, getattr(self, name), 0, LARGEST)
         if self.lr_unlearning == self.lr_alignment == 0:
-            raise InvalidHyperparameter("Of lr_unlearning and lr_alignment only one can be 0: nothing would move.")
+            raise InvalidHyperparameter(
+                "Of lr_unlearning and lr_alignment only one can be 0: nothing would move."
+            )
         if self.decoder not in ("sigmoid", "linear"):
             raise InvalidHyperparameter(f"decoder must be 'sigmoid' or 'linear', not {self.decoder!r}.")
 
@@ -115,23 +117,27 @@ class LAF:
     def _check_representation(
         self, student: nn.Module, records: Records, task: Classification, runtime: Runtime
     ) -> None:
-        found = representation(student, next(runtime.batches(records, task, self.batch_size)), task, self.layer)
+        found = representation(
+            student, next(runtime.batches(records, task, self.batch_size)), task, self.layer
+        )
         if not found.requires_grad:
-            raise ModelMismatch("No trainable parameter feeds the representation: nothing would be forgotten.")
+            raise ModelMismatch(
+                "No trainable parameter feeds the representation: nothing would be forgotten."
+            )
 
     def _model_representations(
         self, teacher: nn.Module, forget: Records, retain: Records, task: Classification, runtime: Runtime
     ) -> tuple[VAE, VAE]:
         """Autoencoders of the original's representations: of all training records, of the forget records."""
         fitted: list[VAE] = []
-        for name, records in (("whole", forget.union(retain)), ("forget", forget)):
-            vectors = representations(teacher, records, task, runtime, self.layer)
+        gone, kept = (representations(teacher, part, task, runtime, self.layer) for part in (forget, retain))
+        for name, vectors in (("whole", torch.cat([gone, kept])), ("forget", gone)):
             if not torch.isfinite(vectors).all():
                 raise NonFinite("Representations hold NaN or Inf.")
             if not vectors.any():
                 raise ModelMismatch("All representations are zero: they have no direction to be moved from.")
+            order = runtime.generator(f"laf {name} autoencoder order")
             with runtime.seeded(f"laf {name} autoencoder"):
-                order = runtime.generator(f"laf {name} autoencoder order")
                 vae = fit_vae(
                     vectors, order, self.latent, self.decoder, self.vae_epochs, self.vae_lr, self.batch_size
                 )
@@ -226,7 +232,9 @@ def alignment_loss(
     return (cosine_distance(retain, retain_teacher) - pushed).sum()
 
 
-def cosine_distance(one: Float[Tensor, "batch dim"], two: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
+def cosine_distance(
+    one: Float[Tensor, "batch dim"], two: Float[Tensor, "batch dim"]
+) -> Float[Tensor, " batch"]:
     """1 - cos of every row, safe for rows of zeros."""
     same = torch.ones(len(one), device=one.device)
     return F.cosine_embedding_loss(one, two, same, reduction="none")
