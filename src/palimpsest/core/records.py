@@ -116,6 +116,14 @@ class Records(Dataset[dict[str, Any]]):
         """Whether there is a column called `name`."""
         return name in self._columns
 
+    def has_field(self, name: str) -> bool:
+        """Whether items have a field called `name`; the first item is fetched, its fields are not read."""
+        item = self._dataset[int(self._positions[0])]
+        if isinstance(item, Mapping):
+            return name in item and name not in self._left_out
+        fields = self._fields[: len(item)] if isinstance(item, tuple | list) else self._fields[:1]
+        return name in fields and name not in self._left_out
+
     def with_column(self, name: str, values: Any) -> Records:
         """The same records with one more (or a replaced) column of one value per record."""
         column = _column(name, values, len(self))
@@ -191,7 +199,7 @@ class Records(Dataset[dict[str, Any]]):
             pairs = zip(self._fields, item, strict=False)
             named = {key: value for key, value in pairs if key not in self._left_out}
         else:
-            named = {self._fields[0]: item}
+            named = {self._fields[0]: item} if self._fields[0] not in self._left_out else {}
         named["id"] = self._ids[position]
         named["index"] = position
         return named

@@ -44,11 +44,11 @@ SMALL_REACH = 0.05
 class LAF:
     """DOC"""
 
-    steps: int = 640
+    steps: int = 480
     epochs: int | None = None
     lr_unlearning: float = 1e-4
     lr_alignment: float = 1e-3
-    temperature: float = 20.0
+    temperature: float = 3.0
     batch_size: int = 32
     layer: str | None = None
     decoder: Output = "sigmoid"
