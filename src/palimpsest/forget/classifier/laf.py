@@ -42,7 +42,51 @@ SMALL_REACH = 0.05
 )
 @dataclass(frozen=True)
 class LAF:
-    """DOC"""
+    """Push the representations of forget records away and hold the others, without reading a label.
+
+    Two small variational autoencoders learn what representations look like: one those of all training
+    records, one those of the forget records, both of the original model. Then two steps in turn, each with
+    its own Adam, on a batch of forget and a batch of retained records. Extractor unlearning (`unlearning_loss`)
+    keeps retained records well rebuilt by the first autoencoder and makes forget records badly rebuilt by the
+    second; representation alignment (`alignment_loss`) ties retained records to the original's
+    representations and repels forget records from theirs. The head gets no gradient. Use it where labels are
+    lost, wrong or must not be looked at; where some retained labels are at hand, "laf-r" repairs the head
+    after it.
+
+    The representation is what the head is given (`Task.features`, after a ReLU in most networks), or the
+    output of any `layer` by name (the published one is the output of a linear layer before any ReLU, which
+    none follows in its networks).
+
+    What suits: the number of steps times the rates decides, not the epochs. The defaults are for small data:
+    DIGITS_TEXT
+    Published are `epochs` 20 with 5e-5 and 1e-4 on MNIST, 40 with 1e-5 and 4e-5 on CIFAR-10 (5e-5 for a
+    class), which is 6000 steps and more, with T = 5 (MNIST) or 20 for random records, 20 for a class, and 8
+    or 16 latent numbers; steps and rates that cannot move anything are warned of. Keep `lr_alignment` well
+    above `lr_unlearning` with the sigmoid decoder: at 1e-3 against 3e-4 it destroys the model. A linear
+    decoder, which can rebuild representations that are no probabilities, bears equal rates (5e-4 each).
+    The lower T, the stronger the push: at 1 the rest goes along. A class may survive a push of its
+    representations, when the head maps where they end to the same class; more steps, a lower T or the repair
+    help. A record that the model knows from the others of its kind stays known: random records end near
+    where a retrained model has them, and no lower.
+
+    Deviations: representations of the original are computed once, not anew in every epoch of the
+    autoencoders (the same where data are not augmented at random), and held in memory, records x dim.
+    The number of steps is a setting, whatever the size of the request (`epochs` is the published count).
+    Evaluation mode throughout, as published: batch-norm statistics stay.
+
+    Attributes:
+        steps: Pairs of steps, one of each kind.
+        epochs: Passes instead of `steps`; a pass ends with the shorter of forget and retained batches.
+        lr_unlearning: Learning rate of extractor unlearning; 0 leaves it out (an ablation).
+        lr_alignment: Learning rate of representation alignment; 0 leaves it out (an ablation).
+        temperature: T of the forget records in the alignment, above 0.
+        batch_size: Records of each kind per step, and of the autoencoders.
+        layer: Module whose output is the representation; None takes the input of the head.
+        decoder: Output of the autoencoders: "sigmoid" (published) or "linear".
+        latent: Width of their latent vector.
+        vae_epochs: Passes of their training.
+        vae_lr: Learning rate of their training.
+    """
 
     steps: int = 480
     epochs: int | None = None
