@@ -37,8 +37,8 @@ from palimpsest.forget.classifier.laf_r import LAFRepair
 from palimpsest.models import build_model
 
 FEW = {"steps": 6, "lr_unlearning": 1e-3, "lr_alignment": 1e-3, "vae_epochs": 1}
-PUBLISHED = {"lr_unlearning": 5e-5, "lr_alignment": 1e-4}
-"""Learning rates for MNIST."""
+PUBLISHED = {"lr_unlearning": 5e-5, "lr_alignment": 1e-4, "temperature": 20.0}
+"""On MNIST, to forget a class."""
 
 
 def laf(model, request, task, name="laf", **settings):
@@ -135,19 +135,26 @@ def test_the_defaults_forget_a_class_and_keep_the_others(digits_model, class_req
     assert towards[0] >= towards[1] + 0.1
 
 
-def test_the_defaults_forget_random_records_gently(digits_model, random_request, digits_task):
+def test_the_defaults_spare_what_random_records_share_with_the_rest(
+    digits_model, random_request, digits_task
+):
     after = laf(digits_model, random_request, digits_task)
-    assert accuracy(after, random_request.retain) >= accuracy(digits_model, random_request.retain) - 0.02
-    rise, price = (
-        loss_of(after, part) - loss_of(digits_model, part)
-        for part in (random_request.forget, random_request.retain)
-    )
-    assert rise > price
-    towards = [
-        geometry(after, digits_model, part, digits_task)
-        for part in (random_request.retain, random_request.forget)
-    ]
-    assert towards[0] > towards[1]
+    for part in (random_request.retain, random_request.test):
+        assert accuracy(after, part) >= accuracy(digits_model, part) - 0.02
+    assert accuracy(after, random_request.forget) <= accuracy(digits_model, random_request.forget) + 0.02
+
+
+@pytest.mark.slow
+def test_a_stronger_push_moves_random_records_more_than_the_others_at_a_price(
+    digits_model, random_request, digits_task
+):
+    after = laf(digits_model, random_request, digits_task, temperature=2.0, lr_alignment=2e-3)
+    forget, retain = random_request.forget, random_request.retain
+    rise, price = (loss_of(after, part) - loss_of(digits_model, part) for part in (forget, retain))
+    assert rise > price > 0
+    assert accuracy(after, forget) <= accuracy(after, retain) - 0.05
+    moved, kept = (geometry(after, digits_model, part, digits_task) for part in (forget, retain))
+    assert kept > moved + 0.02
 
 
 @torch.no_grad()
