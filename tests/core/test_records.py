@@ -98,3 +98,24 @@ def test_a_column_can_be_added_to_a_selection():
     assert records.column("subject").tolist() == ["p1", "p3"] and records.select([1]).column(
         "subject"
     ).tolist() == ["p3"]
+
+
+@pytest.mark.parametrize("source", [numbered(6), pal.Records(Lazy())])
+def test_records_without_a_field_have_it_neither_in_items_nor_in_batches_nor_as_a_column(source, digits_task):
+    bare = source.select([1, 4, 5]).without("label", "text").select([0, 2])
+    assert set(bare[0]) == {"input", "id", "index"} and bare.ids == ["1", "5"]
+    assert set(bare.batch([0, 1], digits_task.collate)) == {"input", "id", "index"}
+    assert not bare.has_column("label") and not bare.has_field("label") and bare.has_field("input")
+    assert source.has_field("label") and "label" in source[0]
+    assert bare.union(source.select([0]).without("label", "text")).ids == ["0", "1", "5"]
+
+
+def test_a_field_is_found_without_being_read():
+    class Shy(dict):
+        def __getitem__(self, key):
+            raise AssertionError(f"'{key}' was read")
+
+    assert pal.Records([Shy(input=1.0, label=0)]).has_field("label")
+    assert not pal.Records([Shy(input=1.0)]).has_field("label")
+    assert pal.Records([(1.0, 0)]).has_field("label") and not pal.Records([(1.0,)]).has_field("label")
+    assert pal.Records([1.0]).has_field("input") and not pal.Records([1.0]).has_field("label")

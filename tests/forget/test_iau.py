@@ -109,6 +109,15 @@ def test_every_further_step_takes_its_gradients_anew(small, digits_task):
     assert not torch.allclose(flat(together), fixed, rtol=1e-6)
 
 
+def test_a_further_request_steps_from_the_current_weights_with_the_records_still_retained(small, digits_task):
+    model, first = small
+    after = iau(model, first, digits_task, optimizer="sgd", lr=0.3)
+    second = pal.ForgetSplit(first.retain.select(range(4)), first.retain.select(range(4, 14)))
+    g = gradient(after, second.retain) - gradient(after, second.forget)
+    found = iau(after, second, digits_task, optimizer="sgd", lr=0.3)
+    torch.testing.assert_close(flat(found), flat(after) - 0.3 * g)
+
+
 # Against exact truths, in convex problems
 
 

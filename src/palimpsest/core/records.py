@@ -66,6 +66,7 @@ class Records(Dataset[dict[str, Any]]):
             if found is not None:
                 self._columns["label"] = found
         self._positions = np.arange(size)
+        self._left_out: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -115,6 +116,14 @@ class Records(Dataset[dict[str, Any]]):
         """Whether there is a column called `name`."""
         return name in self._columns
 
+    def has_field(self, name: str) -> bool:
+        """Whether items have a field called `name`; the first item is fetched, its fields are not read."""
+        item = self._dataset[int(self._positions[0])]
+        if isinstance(item, Mapping):
+            return name in item and name not in self._left_out
+        fields = self._fields[: len(item)] if isinstance(item, tuple | list) else self._fields[:1]
+        return name in fields and name not in self._left_out
+
     def with_column(self, name: str, values: Any) -> Records:
         """The same records with one more (or a replaced) column of one value per record."""
         column = _column(name, values, len(self))
@@ -130,6 +139,19 @@ class Records(Dataset[dict[str, Any]]):
         if chosen.dtype != bool:
             chosen = chosen.astype(np.int64)
         return self._view(self._positions[chosen])
+
+    def without(self, *names: str) -> Records:
+        """The same records, as a view whose items and columns have no field of these names.
+
+        What is left out is never touched: a method that must not read labels cannot, and items whose
+        labels cannot be stacked can still be put into batches.
+        """
+        view = self._view(self._positions)
+        view._left_out = self._left_out.union(names)
+        view._columns = {name: values for name, values in self._columns.items() if name not in names}
+        if self._tensors is not None:
+            view._tensors = {name: tensor for name, tensor in self._tensors.items() if name not in names}
+        return view
 
     def shares_data_with(self, other: Records) -> bool:
         """Whether both are views of the same complete data."""
@@ -172,11 +194,12 @@ class Records(Dataset[dict[str, Any]]):
 
     def _named(self, item: Any, position: int) -> dict[str, Any]:
         if isinstance(item, Mapping):
-            named: dict[str, Any] = dict(item)
+            named: dict[str, Any] = {key: item[key] for key in item if key not in self._left_out}
         elif isinstance(item, tuple | list):
-            named = dict(zip(self._fields, item, strict=False))
+            pairs = zip(self._fields, item, strict=False)
+            named = {key: value for key, value in pairs if key not in self._left_out}
         else:
-            named = {self._fields[0]: item}
+            named = {self._fields[0]: item} if self._fields[0] not in self._left_out else {}
         named["id"] = self._ids[position]
         named["index"] = position
         return named

@@ -81,10 +81,10 @@ def needs_met(
         have.add(Need.MODEL)
         if recipe_of(model) is not None:
             have.add(Need.TRAINING_RECIPE)
-    if "label" in split.forget[0] or split.forget.has_column("label"):
+    if split.forget.has_field("label") or split.forget.has_column("label"):
         have.add(Need.FORGET_LABELS)
     if split.retain is not None:
         have.add(Need.RETAIN_DATA)
-        if "label" in split.retain[0] or split.retain.has_column("label"):
+        if split.retain.has_field("label") or split.retain.has_column("label"):
             have.add(Need.RETAIN_LABELS)
     return frozenset(have | getattr(unlearner, "supplies", frozenset()))

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from palimpsest.core.errors import UnknownName
+from palimpsest.core.errors import ModelMismatch, UnknownName
 
 LAYER_WIDTH = 2048
 """A pooled activation has at most this many numbers per record; larger maps are average-pooled."""
@@ -128,6 +128,33 @@ def features_with_graph(model: nn.Module, run: Callable[[], object], head: str |
     finally:
         handle.remove()
     return pool(kept[-1], kept[-1][0].numel())
+
+
+def output_with_graph(model: nn.Module, run: Callable[[], object], layer: str) -> Tensor:
+    """Output of a module during `run()` as one vector per record, with its graph.
+
+    Raises:
+        UnknownName: For a name that is no module of the model.
+        ModelMismatch: If the module did not run, or gives no tensor of two or more dimensions.
+    """
+    kept: list[object] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        kept.append(first.clone() if isinstance(first, Tensor) else first)  # an inplace ReLU may follow
+
+    handle = module_of(model, layer).register_forward_hook(keep)
+    try:
+        run()
+    finally:
+        handle.remove()
+    if not kept:
+        raise ModelMismatch(f"Layer '{layer}' does not run in the model's forward pass.")
+    found = kept[-1]
+    if not isinstance(found, Tensor) or found.dim() < 2:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ModelMismatch(f"Layer '{layer}' gives no vector per record, but {shape}.")
+    return pool(found, found[0].numel())
 
 
 def head_name(model: nn.Module) -> str:

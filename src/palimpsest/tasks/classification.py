@@ -86,6 +86,8 @@ class Classification:
             NonFinite: If inputs hold NaN or Inf.
             ModelMismatch: If outputs are not a finite tensor [batch, classes].
         """
+        if not labels:
+            records = records.without(self.label)
         batch = records.batch(np.arange(min(8, len(records))), self.collate)
         self._check_fields(batch, labels)
         self._check_inputs(batch, records)

@@ -118,6 +118,7 @@ class IAU:
             for name, parameter in trainable(student).items():
                 parameter.grad = direction[name]
             optimizer.step()
+            stepped = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             moved = {name: p.detach() - start[name] for name, p in trainable(student).items()}
             trained, distance = recipe_of(model), length(moved)
@@ -132,7 +133,7 @@ class IAU:
                 cosine=sizes[2],
                 distance=distance,
                 gradient_seconds=passed - began,
-                step_seconds=time.perf_counter() - passed,
+                step_seconds=stepped - passed,
             )
             reports.append(report)
             log.info("iau, step %d of %d: %s", len(reports), self.steps, report)
