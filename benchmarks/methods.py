@@ -37,7 +37,7 @@ from palimpsest.study.measuring import STATUS, measuring
 METHODS = sorted(
     name for name, cls in UNLEARNERS.items() if cls.__module__.startswith("palimpsest.forget.classifier.")
 )
-SHAPE, CLASSES, WIDTH, RECORDS = (1, 16, 16), 10, 8, 240
+SHAPE, CLASSES, WIDTH, RECORDS = (1, 16, 16), 10, 8, 120
 SHORT = 0.15
 """Seconds below which a measurement is repeated."""
 TASK = pal.tasks.Classification()

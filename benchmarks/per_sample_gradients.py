@@ -127,7 +127,7 @@ def main() -> None:
     settings = parser.parse_args()
     torch.set_num_threads(1)
     networks = ["small_cnn"] if settings.quick else list(NETWORKS)
-    sizes, count, repeats = ([32], 32, 1) if settings.quick else ([8, 32, 128], 128, 3)
+    sizes, count, repeats = ([32], 32, 1) if settings.quick else ([8, 32], 64, 2)
     random = torch.Generator().manual_seed(0)
     inputs, labels = torch.rand(count, *SHAPE, generator=random), torch.arange(count) % CLASSES
     batch = pal.Records(TensorDataset(inputs, labels)).batch(range(count), TASK.collate)

@@ -126,3 +126,12 @@ def test_fewer_than_two_classes_are_refused(digits_task):
 def test_unknown_choices_are_refused(settings, digits_model, class_request, digits_task):
     with pytest.raises(InvalidHyperparameter, match=next(iter(settings))):
         relabel(digits_model, class_request, digits_task, **settings)
+
+
+def test_nothing_is_relabelled_into_a_class_that_an_earlier_request_took(digits, digits_model, digits_task):
+    later = digits.select(digits.column("label") != 5)
+    request = pal.split(later, pal.by_column("label", 3), test=0.2, holdout=0.2, seed=0)
+    runtime = pal.Runtime(seed=0)
+    draw = false_labels(digits_model, request, digits_task, runtime, "others")
+    drawn = {int(label) for batch in runtime.batches(request.forget, digits_task) for label in draw(batch)}
+    assert drawn == {0, 1, 2, 4, 6, 7, 8, 9}

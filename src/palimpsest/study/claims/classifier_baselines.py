@@ -69,7 +69,7 @@ def fisher_largest_change(setting: Setting) -> float:
     """Largest change of any weight by Fisher noise with alpha = 1e-30, the rows of the class not drawn anew."""
     after = _forgotten(setting, "fisher-noise", alpha=1e-30, reset_rows=False)
     pairs = zip(setting.original.parameters(), after.parameters(), strict=True)
-    return max(float((before - now).abs().max()) for before, now in pairs)
+    return max(float((before - now).detach().abs().max()) for before, now in pairs)
 
 
 @measurement("classifier-baselines.rewind-gap")
