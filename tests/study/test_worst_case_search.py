@@ -29,7 +29,7 @@ from palimpsest.core.needs import Need
 from palimpsest.core.unlearner import Card
 from palimpsest.models import build_model
 from palimpsest.study.worst_case import Search, WorstCase, worst_case
-from palimpsest.study.worst_case.search import record_losses
+from palimpsest.study.worst_case.lower_level import record_losses
 from tests.forget.measuring import fingerprint, tensors_of
 
 NEEDS = frozenset({Need.MODEL, Need.RETAIN_DATA})

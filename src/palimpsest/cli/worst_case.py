@@ -142,8 +142,8 @@ def command(
     from palimpsest.core.writing import check_writable
     from palimpsest.study.worst_case import Chooser, Evaluator, Search, summary, worst_case
     from palimpsest.study.worst_case.baselines import check_baselines
+    from palimpsest.study.worst_case.items import Items, set_size
     from palimpsest.study.worst_case.record import found_at
-    from palimpsest.study.worst_case.search import Items, set_size
     from palimpsest.tasks import Classification
 
     how: dict[str, Any] = {"goal": goal, "by": by, "record_mode": record_mode}

@@ -13,7 +13,7 @@ from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.forget.classifier.sign_finetune import SignFineTune, weighted_loss
 from palimpsest.study.worst_case.baselines import moderate_distance
-from palimpsest.study.worst_case.search import record_losses
+from palimpsest.study.worst_case.lower_level import record_losses
 from palimpsest.study.worst_case.selection import Goal, objective, project, top, upper_step
 from palimpsest.tasks.classification import Classification
 

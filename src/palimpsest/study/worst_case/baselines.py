@@ -32,7 +32,8 @@ from palimpsest.core.task import Task
 from palimpsest.parts.parameters import trainable, unwrapped
 from palimpsest.parts.reinitialise import reinitialised
 from palimpsest.parts.training import TrainingRecipe, fit, recipe_of
-from palimpsest.study.worst_case.search import By, Items, record_losses, set_size
+from palimpsest.study.worst_case.items import By, Items, set_size
+from palimpsest.study.worst_case.lower_level import record_losses
 
 Scores = Float[np.ndarray, " records"]
 EARLY_MODELS = 3
@@ -172,8 +173,8 @@ def el2n_scores(
     """||softmax(logits) - one-hot(label)||, in [0, sqrt(2)].
 
     Example:
-        >>> el2n_scores(torch.zeros(1, 2), torch.tensor([0])).item() ** 2
-        0.5
+        >>> round(el2n_scores(torch.zeros(1, 2), torch.tensor([0])).item(), 4)
+        0.7071
     """
     errors = logits.softmax(1) - nn.functional.one_hot(labels, logits.shape[1])
     return errors.norm(dim=1)

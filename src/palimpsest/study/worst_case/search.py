@@ -16,66 +16,39 @@ carried to 1e-10 (`tolerance=1e-5`), so that sum w is m. Default step sizes are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import nn
 
 from palimpsest.core.errors import (
     InvalidHyperparameter,
-    InvalidLabels,
-    InvalidRecords,
     ModelMismatch,
-    NonFiniteLoss,
 )
-from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import require
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Unlearner, check_range
-from palimpsest.forget import build_unlearner, forget, needs_met
+from palimpsest.forget import build_unlearner, needs_met
 from palimpsest.parts.record_weights import check_weights, row_finder
 from palimpsest.parts.reinitialise import check_finite
+from palimpsest.study.worst_case.items import By, Items, is_integer, set_size
+from palimpsest.study.worst_case.lower_level import BY_SIGNS, LowerLevel, Weighted, record_losses
 from palimpsest.study.worst_case.record import Progress, WorstCase, search_key, settings_of
 from palimpsest.study.worst_case.selection import (
     Goal,
-    class_losses,
     indicator,
     non_binary_share,
     objective,
     top,
     upper_step,
 )
-
-By = Literal["record", "class"]
-BY_SIGNS = ("sign-finetune", "sign-retrain")
-"""Methods whose result does not depend on the weights to first order."""
-SHARE_OF_CLASSES = 0.1
-"""Share of the classes that is searched for unless a number is said, as published."""
-
-
-@runtime_checkable
-class Weighted(Protocol):
-    """A method that can forget by degrees: it takes one weight per record, 1 for those to be forgotten."""
-
-    def unlearn_weighted(
-        self,
-        model: nn.Module,
-        records: Records,
-        weights: Sequence[float] | Float[np.ndarray, " records"],
-        task: Task,
-        runtime: Runtime,
-    ) -> nn.Module:
-        """A new model; never changes the one it is given."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -123,7 +96,7 @@ class Search:
                     f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}."
                 )
         for name in ("steps", "binarise_every"):
-            if not _is_integer(getattr(self, name)):
+            if not is_integer(getattr(self, name)):
                 raise InvalidHyperparameter(f"{name} must be an integer, not {getattr(self, name)!r}.")
             check_range(name, getattr(self, name), 1, float("inf"))
         check_range("upper_lr", self.upper_lr, 0, 1e12, open_low=True)
@@ -216,140 +189,6 @@ def worst_case(
     return result
 
 
-@dataclass(frozen=True)
-class Items:
-    """What carries weights: records, or classes of records.
-
-    Attributes:
-        names: Ids of the records, or the classes, [items].
-        of_record: Number of each record's item, [records].
-        by: "record" or "class".
-    """
-
-    names: np.ndarray
-    of_record: Int[np.ndarray, " records"]
-    by: By
-
-    @classmethod
-    def of(cls, records: Records, by: By) -> Items:
-        """The items of a training set.
-
-        Raises:
-            InvalidRecords: If there are fewer than two.
-            InvalidLabels: If classes are asked for and there is no label column.
-        """
-        if by == "class":
-            if not records.has_column("label"):
-                raise InvalidLabels("A search by class needs a 'label' column in the records.")
-            names, of_record = np.unique(records.column("label"), return_inverse=True)
-        else:
-            names, of_record = np.asarray(records.ids, dtype=object), np.arange(len(records))
-        if len(names) < 2:
-            raise InvalidRecords(f"A search needs at least 2 {by}s to choose from; there are {len(names)}.")
-        return cls(names, of_record, by)
-
-    @property
-    def count(self) -> int:
-        """Number of items."""
-        return len(self.names)
-
-    def records_of(self, items: Int[np.ndarray, " m"]) -> np.ndarray:
-        """Mask of the records that belong to the items, [records]."""
-        return np.isin(self.of_record, items)
-
-    def losses(
-        self, losses: Float[np.ndarray, " records"], class_loss: str, batch_size: int
-    ) -> Float[np.ndarray, " items"]:
-        """Losses per item from losses per record."""
-        if self.by == "record":
-            return losses
-        size = batch_size if class_loss == "released" else None
-        return class_losses(losses, self.of_record, self.count, size)
-
-
-@dataclass(frozen=True)
-class LowerLevel:
-    """Unlearning with given weights: always from the original model."""
-
-    model: nn.Module
-    records: Records
-    task: Task
-    method: Unlearner
-    items: Items
-    m: int
-
-    def unlearn(self, w: Float[np.ndarray, " items"], runtime: Runtime) -> nn.Module:
-        """theta_u(w): from w itself if the method takes weights, else from its top-m set."""
-        if isinstance(self.method, Weighted):
-            weights = w[self.items.of_record]
-            return self.method.unlearn_weighted(self.model, self.records, weights, self.task, runtime)
-        return forget(self.model, self.split(w), self.method, self.task, runtime=runtime)
-
-    def split(self, w: Float[np.ndarray, " items"]) -> ForgetSplit:
-        """The top-m set of w as a request."""
-        gone = self.items.records_of(top(w, self.m))
-        return ForgetSplit(self.records.select(gone), self.records.select(~gone), description="the top m")
-
-
-def record_losses(
-    model: nn.Module, records: Records, task: Task, runtime: Runtime, mode: str = "eval"
-) -> Float[np.ndarray, " records"]:
-    """Loss of every record, in the order of the records.
-
-    Args:
-        model: Its modes are restored; in mode "train" batch norm's running statistics move.
-        records: To read.
-        task: The domain.
-        runtime: Seed (of dropout, in mode "train") and device.
-        mode: "eval", or "train": batch norm normalises by the batch, dropout drops.
-
-    Raises:
-        NonFiniteLoss: If a loss is NaN or Inf, naming records.
-    """
-    rows, losses = row_finder(records), torch.zeros(len(records), dtype=torch.float64)
-    size = runtime.batch_size
-    while mode == "train" and len(records) > 1 and len(records) % size == 1:
-        size += 1  # batch norm has no statistics of a single record
-    model = runtime.place(model)
-    with torch.no_grad(), evaluating(model), runtime.seeded("worst-case losses"):
-        model.train(mode == "train")
-        for batch in runtime.batches(records, task, size):
-            found = task.loss_per_example(model, batch).double().cpu()
-            if not torch.isfinite(found).all():
-                bad = [name for name, ok in zip(batch["id"], torch.isfinite(found), strict=True) if not ok]
-                raise NonFiniteLoss(f"The unlearned model's loss is NaN or Inf on records {bad[:3]}.")
-            losses[rows(batch).cpu()] = found
-    return losses.numpy()
-
-
-def set_size(size: int | float | None, items: Items) -> int:
-    """The number m of items to choose.
-
-    Raises:
-        InvalidHyperparameter: If it is no integer (nor a share below 1), below 1, or leaves nothing over.
-    """
-    unit = "records" if items.by == "record" else "classes"
-    if size is None:
-        if items.by == "record":
-            raise InvalidHyperparameter("Say how many records to search for (size), or which share of them.")
-        size = max(1, round(SHARE_OF_CLASSES * items.count))
-    if isinstance(size, float | np.floating) and 0 < size < 1:
-        size = round(float(size) * items.count)
-    if not _is_integer(size):
-        raise InvalidHyperparameter(
-            f"size must be an integer number of {unit}, or a share strictly between 0 and 1, not {size!r}."
-        )
-    if not 0 < size < items.count:
-        raise InvalidHyperparameter(
-            f"size must be at least 1 and below the {items.count} {unit} that there are, not {size}."
-        )
-    return int(size)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def _check(
     model: nn.Module,
     records: Records,
@@ -400,5 +239,5 @@ def _step(
         "set_loss": float(losses[chosen].mean()),
         "mean_loss": float(losses.mean()),
         "non_binary": non_binary_share(w),
-        "moved": 1 - len(begun & set(chosen.tolist())) / m if m else math.nan,
+        "moved": 1 - len(begun & set(chosen.tolist())) / m,
     }
