@@ -58,7 +58,7 @@ class LAF:
     none follows in its networks).
 
     What suits: the number of steps times the rates decides, not the epochs. The defaults are for small data:
-    on the digits (small CNN) they leave nothing of a class and cost the others a point or two. Published are
+    on the digits (small CNN) they leave next to nothing of a class and cost the others one to three points. Published are
     `epochs` 20 with rates 5e-5 and 1e-4 on MNIST, 40 with 1e-5 and 4e-5 (a class: 5e-5) on CIFAR-10, which is
     6000 steps and more, with T = 20 (random records on MNIST: 5) and 8 or 16 latent numbers; steps and rates
     that cannot move anything are warned of. With the sigmoid decoder keep `lr_alignment` well above
