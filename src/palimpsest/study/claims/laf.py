@@ -19,6 +19,9 @@ from palimpsest.forget.classifier.laf_r import repair_head
 from palimpsest.study.claims.measuring import Setting, measurement
 from palimpsest.tasks.classification import Classification
 
+LAYER = "fc"
+"""Of the small CNN: its output is the representation before the ReLU."""
+
 
 @measurement("laf.repair-alone")
 def repair_alone(setting: Setting) -> float:
@@ -56,7 +59,7 @@ def label_dependence(setting: Setting) -> float:
 @measurement("laf.cosine-gap")
 def cosine_gap(setting: Setting) -> float:
     """Mean cosine of representations with the original's: of retained minus of forget records."""
-    after = forget(setting.original, setting.split, "laf", setting.task, runtime=setting.runtime)
+    after = _unlearned(setting)
     kept, gone = (
         F.cosine_similarity(
             _representations(setting.original, part, setting), _representations(after, part, setting)
@@ -70,16 +73,23 @@ def cosine_gap(setting: Setting) -> float:
 def cka_gain(setting: Setting) -> float:
     """Linear CKA with a retrained model on the forget records: of the unlearned model minus of the original."""
     retrained = forget(setting.original, setting.split, "retrain", setting.task, runtime=setting.runtime)
-    after = forget(setting.original, setting.split, "laf", setting.task, runtime=setting.runtime)
     truth, new, old = (
         _representations(model, setting.split.forget, setting)
-        for model in (retrained, after, setting.original)
+        for model in (retrained, _unlearned(setting), setting.original)
     )
     return linear_cka(new, truth) - linear_cka(old, truth)
 
 
+def _unlearned(setting: Setting) -> nn.Module:
+    """After 160 steps with a linear decoder, the recipe's setting that a repair follows."""
+    return forget(
+        setting.original, setting.split, "laf", setting.task, runtime=setting.runtime, steps=160,
+        lr_unlearning=1e-3, lr_alignment=3e-4, temperature=20.0, decoder="linear", layer=LAYER,
+    )  # fmt: skip
+
+
 def _representations(model: nn.Module, records: Records, setting: Setting) -> torch.Tensor:
-    return representations(model, records, _task(setting), setting.runtime)
+    return representations(model, records, _task(setting), setting.runtime, LAYER)
 
 
 def _relabelled(setting: Setting, shuffle: bool) -> ForgetSplit:
