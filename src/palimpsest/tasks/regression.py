@@ -52,6 +52,8 @@ class Regression:
             of one target summed over `quantiles`, one output each.
         delta: Where the Huber loss turns from square to linear, in units of `scale`.
         quantiles: Levels, ascending, in (0, 1); the one nearest to 0.5 is the prediction.
+        tolerance: An answer within so much of the target, in units of `scale`, counts as right where audits
+            count right answers (relearning, quantization and the like).
         center: What an output of 0 means, in units of the targets; one number, or one per target.
         scale: What an output of 1 is above that.
         standardise: Take `center` and `scale` from the training targets (`fitted`): mean and deviation.
@@ -64,6 +66,7 @@ class Regression:
     loss: Literal["mse", "mae", "huber", "quantile"] = "mse"
     delta: float = 1.0
     quantiles: tuple[float, ...] = ()
+    tolerance: float = 0.5
     center: float | tuple[float, ...] = 0.0
     scale: float | tuple[float, ...] = 1.0
     standardise: bool = False
@@ -84,6 +87,8 @@ class Regression:
             )
         if not 0 < self.delta < float("inf"):
             raise InvalidHyperparameter(f"delta must be above 0 and finite, not {self.delta!r}.")
+        if not 0 < self.tolerance < float("inf"):
+            raise InvalidHyperparameter(f"tolerance must be above 0 and finite, not {self.tolerance!r}.")
         center, scale = (np.asarray(value, np.float64) for value in (self.center, self.scale))
         if not np.isfinite(center).all() or not np.isfinite(scale).all() or (scale <= 0).any():
             raise InvalidHyperparameter(
@@ -152,6 +157,13 @@ class Regression:
     def targets(self, batch: Batch) -> Float[Tensor, "batch targets"]:
         """Targets of a batch in their own units."""
         return _columns(batch[self.label])
+
+    def margin(
+        self, outputs: Float[Tensor, "batch outputs"], targets: Float[Tensor, "batch targets"]
+    ) -> Float[Tensor, " batch"]:
+        """1 minus the absolute error (mean over targets) as a share of the tolerance: 0 or more is right."""
+        error = (self.predictions(outputs) - targets.to(outputs.dtype)) / self._like(self.scale, outputs)
+        return 1 - error.abs().mean(1) / self.tolerance
 
     def distance(
         self, one: Float[Tensor, "batch outputs"], other: Float[Tensor, "batch outputs"]
