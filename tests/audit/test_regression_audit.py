@@ -295,7 +295,8 @@ def test_a_random_request_is_judged_by_lineage_where_outputs_do_not_tell(tables)
     assert examine(whole.judging(further), ["regression"]).verdict in ("removed", "inconclusive")
     nearly = examine(whole.judging(planted.noisy(model, 1e-4)), ["regression"])
     assert nearly.verdict in ("intact", "inconclusive"), nearly.reasons
-    assert abs(nearly.finding("regression.to_original").value) < 0.01
+    near = nearly.finding("regression.to_original")
+    assert abs(near.value) < 0.05 * abs(near.control)
 
 
 def test_all_default_audits_run_or_say_why_and_the_report_is_written(tables, tmp_path):

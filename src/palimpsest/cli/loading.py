@@ -72,7 +72,9 @@ class Architecture:
             return int(outputs(parts.forget))
         columns = [part.column("label") for part in parts.parts.values() if part.has_column("label")]
         if not columns or any(column.dtype.kind not in "iu" for column in columns):
-            raise InvalidLabels("The records have no integer 'label' column: say --classes.")
+            raise InvalidLabels(
+                "The records have no integer 'label' column: say --classes, or --task regression."
+            )
         return int(max(column.max() for column in columns)) + 1
 
 

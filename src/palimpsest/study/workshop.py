@@ -276,7 +276,10 @@ class Workshop:
         if outputs is not None:
             return int(outputs(self.records))
         if not self.records.has_column("label") or self.records.column("label").dtype.kind not in "iu":
-            raise InvalidRecipe(f"The data '{self.recipe.data.name}' have no integer 'label' column.")
+            raise InvalidRecipe(
+                f"The data '{self.recipe.data.name}' have no integer 'label' column. For targets that are numbers set "
+                "task: regression."
+            )
         return int(self.records.column("label").max()) + 1
 
     def runtime(self, seed: int) -> Runtime:
