@@ -152,14 +152,14 @@ def js(one: Values, other: Values, bins: int) -> float:
         ends = float(min(mine.min(), theirs.min())), float(max(mine.max(), theirs.max()))
         if ends[0] == ends[1]:
             return 0.0
-        counts = [np.histogram(values, bins, ends)[0] for values in (mine, theirs)]
-        return float(jensenshannon(*counts) ** 2)
+        first, second = (np.histogram(values, bins, ends)[0] for values in (mine, theirs))
+        return float(jensenshannon(first, second) ** 2)
 
     return float(np.mean([single(a, b) for a, b in zip(one.T, other.T, strict=True)]))
 
 
 def _within(values: Values, low: Values, high: Values) -> Mask:
-    return ((values >= low) & (values <= high)).all(1)
+    return np.logical_and(values >= low, values <= high).all(axis=1)
 
 
 def _groups(evidence: Evidence) -> dict[str, tuple[str, Mask]]:

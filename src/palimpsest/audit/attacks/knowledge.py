@@ -71,25 +71,33 @@ class Watched:
         """
         logits = self.logits(model)
         right = rightly(self.task, logits, self.labels)
-        if isinstance(self.task, Regression):
-            margin = self.task.margin(logits, self.labels).nan_to_num(-CONFIDENCE_BOUND)
+        numbers = as_regression(self.task)
+        if numbers is not None:
+            margin = numbers.margin(logits, self.labels).nan_to_num(-CONFIDENCE_BOUND)
             confidence = margin.clamp(-CONFIDENCE_BOUND, CONFIDENCE_BOUND)
         else:
             confidence = log_odds(logits, self.labels)
         return right.cpu().numpy(), confidence.float().cpu().numpy()
 
 
+def as_regression(task: object) -> Regression | None:
+    """The task if its answers are numbers, else None."""
+    return task if isinstance(task, Regression) else None
+
+
 def truth(task: Task, batch: Batch) -> Tensor:
     """True labels of a batch, [batch], or targets of a regression, [batch, targets]."""
-    if isinstance(task, Regression):
-        return task.targets(batch)
+    numbers = as_regression(task)
+    if numbers is not None:
+        return numbers.targets(batch)
     return torch.as_tensor(batch[getattr(task, "label", "label")]).long()
 
 
 def rightly(task: Task, logits: Tensor, labels: Tensor) -> Bool[Tensor, " records"]:
     """Whether outputs answer rightly: the true class first, or a number within the task's tolerance."""
-    if isinstance(task, Regression):
-        return task.margin(logits, labels) >= 0
+    numbers = as_regression(task)
+    if numbers is not None:
+        return numbers.margin(logits, labels) >= 0
     return logits.argmax(1) == labels
 
 
