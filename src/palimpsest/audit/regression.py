@@ -159,7 +159,7 @@ def js(one: Values, other: Values, bins: int) -> float:
 
 
 def _within(values: Values, low: Values, high: Values) -> Mask:
-    return np.logical_and(values >= low, values <= high).all(axis=1)
+    return np.asarray(np.logical_and(values >= low, values <= high).all(axis=1), bool)
 
 
 def _groups(evidence: Evidence) -> dict[str, tuple[str, Mask]]:
