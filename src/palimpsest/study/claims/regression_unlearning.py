@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,8 @@ from palimpsest.parts.training import fit
 from palimpsest.study.claims.measuring import Setting, measurement
 from palimpsest.tasks.regression import Regression
 
-EPOCHS, BATCH = 3, 64
-"""Of blindspot unlearning and fine-tuning."""
+EPOCHS, BATCH, BLINDSPOT_EPOCHS = 3, 32, 3
+"""Of blindspot unlearning and fine-tuning, and of the blindspot model."""
 GAUSSIAN_EPOCHS = 5
 GOLD = 9_000
 """Seed of the retrained model that predictions are compared with."""
@@ -45,15 +47,16 @@ def w1_share_of_gaussian(setting: Setting) -> float:
 def attention_share(setting: Setting) -> float:
     """Mean attention difference to B on the forget records, with at_beta 50 over that with 0."""
     task = _task(setting)
-    method = Blindspot(epochs=EPOCHS, batch_size=BATCH)
+    method = Blindspot(epochs=EPOCHS, batch_size=BATCH, blindspot_epochs=BLINDSPOT_EPOCHS)
     runtime, retain = setting.runtime, setting.split.retain
     if retain is None:
         raise ModelMismatch("Without retained records there is no blindspot model.")
     blindspot = fit(reinitialised(setting.original, runtime), retain, task, runtime, method.blindspot_recipe)
 
     def difference(at_beta: float) -> float:
-        settings = {"epochs": EPOCHS, "batch_size": BATCH, "at_beta": at_beta}
-        after = forget(setting.original, setting.split, "blindspot", task, runtime=runtime, **settings)
+        after = forget(
+            setting.original, setting.split, replace(method, at_beta=at_beta), task, runtime=runtime
+        )
         mine, theirs = (_activations(model, setting) for model in (after, blindspot))
         pairs = zip(mine, theirs, strict=True)
         return float(np.mean([float(attention_difference(a, b)) for a, b in pairs]))
@@ -94,8 +97,8 @@ def _share(setting: Setting, other: nn.Module) -> float:
     """Distance of Blindspot to the retrained model over that of another model."""
     runtime = setting.runtime
     gold = forget(setting.original, setting.split, "retrain", setting.task, runtime=runtime.with_seed(GOLD))
-    mine = forget(setting.original, setting.split, "blindspot", setting.task, runtime=runtime, epochs=EPOCHS,
-                  batch_size=BATCH)  # fmt: skip
+    method = Blindspot(epochs=EPOCHS, batch_size=BATCH, blindspot_epochs=BLINDSPOT_EPOCHS)
+    mine = forget(setting.original, setting.split, method, setting.task, runtime=runtime)
     wanted = _predictions(gold, setting)
     return wasserstein(_predictions(mine, setting), wanted) / wasserstein(
         _predictions(other, setting), wanted
