@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from palimpsest.core.needs import Need
     from palimpsest.core.records import Records
     from palimpsest.core.runtime import Runtime
-    from palimpsest.core.selection import Selection, by_column, by_fraction, by_ids
+    from palimpsest.core.selection import Selection, by_column, by_fraction, by_ids, by_range
     from palimpsest.core.split import ForgetSplit, split
     from palimpsest.core.unlearner import Paper, unlearner
     from palimpsest.data import load_data
@@ -49,6 +49,7 @@ _PLACES = {
     "by_column": "palimpsest.core.selection:by_column",
     "by_fraction": "palimpsest.core.selection:by_fraction",
     "by_ids": "palimpsest.core.selection:by_ids",
+    "by_range": "palimpsest.core.selection:by_range",
     "ForgetSplit": "palimpsest.core.split:ForgetSplit",
     "split": "palimpsest.core.split:split",
     "Paper": "palimpsest.core.unlearner:Paper",

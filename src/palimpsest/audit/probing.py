@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from palimpsest.audit.distance import not_run, random_network
 from palimpsest.audit.similarity import knn_predictions
+from palimpsest.audit.utility import check_classes
 from palimpsest.core.auditing import audit
 from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
@@ -201,8 +202,9 @@ def neighbour_accuracy(
         on_logits: Look at the outputs instead of the features.
 
     Raises:
-        InvalidAudit: If a model shows no features, or there are too few records or classes.
+        InvalidAudit: If a model shows no features, there are too few records or classes, or no classes at all.
     """
+    check_classes(evidence)
     parts = [part for part in ("forget", "retain") if evidence.has(part)]
     fit: Places = {}
     query: Places = {}

@@ -25,7 +25,7 @@ CKA_SPREAD = 0.25
 """Deviation of 1 - CKA to the original between retrainings, as a share of it (digits, small CNN)."""
 
 
-@audit("representation", code="C1", tasks=("classification",))
+@audit("representation", code="C1", tasks=("classification", "regression"))
 @dataclass(frozen=True)
 class Representation:
     """Linear CKA and nearest neighbours of the features, beside the original and retrained models.

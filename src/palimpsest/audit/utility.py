@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from palimpsest.core.auditing import audit
+from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
 from palimpsest.core.finding import Finding, Outcome, Row
 from palimpsest.core.intervals import clopper_pearson, mean_interval
@@ -45,9 +46,24 @@ class Utility:
 
 
 def correct(evidence: Evidence, role: str, part: str) -> NDArray[np.bool_]:
-    """Whether a model is right, [records]."""
+    """Whether a model is right, [records].
+
+    Raises:
+        InvalidAudit: If the models do not give classes.
+    """
+    check_classes(evidence)
     predicted = evidence.observe(role, part).logits.argmax(1).numpy()
     return predicted == evidence.labels(part)
+
+
+def check_classes(evidence: Evidence) -> None:
+    """Check that there are classes to be right about.
+
+    Raises:
+        InvalidAudit: If the models give numbers.
+    """
+    if evidence.task.name == "regression":
+        raise InvalidAudit("the models give numbers, not classes")
 
 
 def true_probability(evidence: Evidence, role: str, part: str) -> NDArray[np.float64]:

@@ -20,6 +20,9 @@ counts only if its probe is valid, that is, if original and retrained models dif
    finding, **incomplete** if closer than retrained models are in every such finding.
 9. **removed**, if valid findings looked at the outputs (or lineage) and inside; else **inconclusive**.
 
+Where models answer in numbers, skill stands for accuracy (`audit.regression`): a share of the error of a
+constant answer that is saved.
+
 The thresholds are below, in one place. `tests/audit/test_verdict.py` shows how often they are right.
 """
 
@@ -38,7 +41,7 @@ from palimpsest.core.scale import SEED_SPREAD, lowest_expected
 FEWEST_RECORDS = 10
 """With fewer records to forget no rate is known well enough."""
 DAMAGE = 0.05
-"""Loss of accuracy, as a share of all answers, that counts as damage."""
+"""Loss of accuracy, as a share of all answers (of a regression, loss of skill), that counts as damage."""
 CLASS_DAMAGE = 0.3
 """Loss of accuracy within one retained class that counts as damage."""
 FORGOTTEN = 0.2
@@ -47,6 +50,11 @@ KNOWN = 0.5
 """K from which an inside finding counts as known (card `sok`)."""
 UNTOUCHED = 0.8
 """K from which a finding counts as untouched."""
+SKILL_SPREAD = 0.1
+"""Prior deviation of the skill on forget records between retrainings: beyond the retained targets they
+extrapolate, each in its own way (digits as numbers, small CNN: 0.14; tables less)."""
+FORGET_ANSWERS = {"utility.forget_accuracy": SEED_SPREAD, "regression.forget_skill": SKILL_SPREAD}
+"""Findings that say how well forget records are answered, and their prior deviation between retrainings."""
 
 
 class Verdict(StrEnum):
@@ -77,7 +85,7 @@ def judge(findings: Sequence[Finding], records: int) -> Judgment:
         records: Number of forget records.
     """
     by_key = {finding.key: finding for finding in findings}
-    change = by_key.get("distance.max_change")
+    change = by_key.get("distance.max_change") or by_key.get("regression.max_change")
     if change is not None and change.value == 0:
         return _say(Verdict.INTACT, "The outputs are the original's on every record: nothing was forgotten.")
     known = [finding for finding in findings if finding.valid and finding.k is not None]
@@ -162,9 +170,9 @@ def _damage(finding: Finding) -> list[str]:
 
 def _over_forgotten(finding: Finding) -> list[str]:
     """Forget records answered worse than the controls answer them."""
-    if finding.key != "utility.forget_accuracy" or finding.value is None or not finding.controls:
+    if finding.key not in FORGET_ANSWERS or finding.value is None or not finding.controls:
         return []
-    reference = lowest_expected(finding.controls, SEED_SPREAD)
+    reference = lowest_expected(finding.controls, FORGET_ANSWERS[finding.key])
     upper = finding.value if finding.high is None else finding.high
     if finding.value < reference - DAMAGE and upper < reference:
         return [

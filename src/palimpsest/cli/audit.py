@@ -22,6 +22,8 @@ from palimpsest.cli.options import (
     Classes,
     Data,
     Device,
+    Domain,
+    DomainSet,
     Holdout,
     Imports,
     Rule,
@@ -67,6 +69,8 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Write a report: .html, .json or .csv.")] = None,
     arch_set: ArchSet = [],  # noqa: B006
     classes: Classes = None,
+    task: Domain = "classification",
+    task_set: DomainSet = [],  # noqa: B006
     test: Test = "0.2",
     holdout: Holdout = "0.2",
     split_seed: SplitSeed = 0,
@@ -86,19 +90,18 @@ def command(
         raise UnknownName("report format", out.suffix.lstrip("."), FORMATS)
     import_modules(imports)
     parts = read_split(data, forget, test, holdout, split_seed)
-    network = Architecture(arch, read_settings(arch_set), classes)
+    network = Architecture(arch, read_settings(arch_set), classes, task, read_settings(task_set))
     before = network.load(original, parts) if original is not None else None
     judged = network.load(unlearned, parts)
     controls = [network.load(path, parts) for path in retrained]
     from palimpsest.audit import audit
     from palimpsest.core.writing import check_writable
-    from palimpsest.tasks import Classification
 
     if out is not None:
         check_writable(out.absolute().parent)
     say(parts.summary())
     report = audit(
-        unlearned=judged, split=parts, task=Classification(), original=before, retrained=controls,
+        unlearned=judged, split=parts, task=network.domain(parts), original=before, retrained=controls,
         audits=listed(audits) or None, runtime=read_runtime(seed, device, progress=True),
         facts={"label": unlearned.stem, "data": data, "model": arch, "seed": seed},
     )  # fmt: skip

@@ -46,6 +46,10 @@ def command(
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Architecture; small_cnn if none is named.")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="classification (if none is named) or regression."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Of the training of the original.")] = None,
     audits: Annotated[
         str | None,
@@ -108,6 +112,7 @@ def command(
         "name": out.name if out is not None and recipe is None else None,
         "data": data,
         "model": model,
+        "task": task,
         "training.epochs": epochs,
         "forget": forget or None,
         "methods": listed(methods) or None,

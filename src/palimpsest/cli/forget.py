@@ -23,6 +23,8 @@ from palimpsest.cli.options import (
     Classes,
     Data,
     Device,
+    Domain,
+    DomainSet,
     Holdout,
     Imports,
     Rule,
@@ -59,6 +61,8 @@ def command(
     lr: Annotated[float | None, typer.Option(help="Learning rate, with --epochs.")] = None,
     arch_set: ArchSet = [],  # noqa: B006
     classes: Classes = None,
+    task: Domain = "classification",
+    task_set: DomainSet = [],  # noqa: B006
     test: Test = "0.2",
     holdout: Holdout = "0.2",
     split_seed: SplitSeed = 0,
@@ -77,20 +81,20 @@ def command(
     import_modules(imports)
     settings = {**read_settings(change), **_training(method, epochs, lr)}
     parts = read_split(data, forget, test, holdout, split_seed)
-    before = Architecture(arch, read_settings(arch_set), classes).load(model, parts)
+    network = Architecture(arch, read_settings(arch_set), classes, task, read_settings(task_set))
+    before = network.load(model, parts)
     runtime = read_runtime(seed, device, progress=True)
     from palimpsest.core.writing import check_writable
     from palimpsest.forget import forget as apply
     from palimpsest.parts.checkpoint import save_model
     from palimpsest.parts.training import recipe_of
-    from palimpsest.tasks import Classification
 
     if method == "retrain" and "recipe" not in settings and recipe_of(before) is None:
         raise MissingNeed(f"{model} does not say how it was trained: say --epochs (and --lr) to retrain.")
     check_writable(out.absolute().parent)
     say(parts.summary())
     start = time.perf_counter()
-    after = apply(before, parts, method, Classification(), runtime=runtime, **settings)
+    after = apply(before, parts, method, network.domain(parts), runtime=runtime, **settings)
     seconds = time.perf_counter() - start
     notes = {"method": method, "settings": json.dumps(settings, default=str), "request": parts.description}
     sha256 = save_model(after, out, {**notes, "seed": str(seed)})

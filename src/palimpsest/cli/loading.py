@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from palimpsest.core.runtime import Runtime
     from palimpsest.core.selection import Selection
     from palimpsest.core.split import ForgetSplit
+    from palimpsest.core.task import Task
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,26 @@ class Architecture:
     Attributes:
         name: As `palimpsest.models.build_model` takes it.
         settings: Passed on to its factory.
-        classes: Number of logits; None takes the largest label and one more.
+        classes: Number of outputs; None takes the largest label and one more, or what the task says.
+        task: Name of the domain.
+        task_settings: Settings of the domain.
     """
 
     name: str
     settings: dict[str, Any]
     classes: int | None = None
+    task: str = "classification"
+    task_settings: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def domain(self, parts: ForgetSplit) -> Task:
+        """The task, fitted to the training records of a split.
+
+        Raises:
+            UnknownName, InvalidHyperparameter, InvalidRecords: If it cannot be used.
+        """
+        from palimpsest.tasks import build_task
+
+        return build_task(self.task, self.task_settings, parts.train)
 
     def load(self, path: Path, parts: ForgetSplit) -> nn.Module:
         """The network with the weights of a safetensors file, fit for the records of a split.
@@ -60,9 +75,14 @@ class Architecture:
     def _classes(self, parts: ForgetSplit) -> int:
         if self.classes is not None:
             return self.classes
+        outputs = getattr(self.domain(parts), "outputs", None)
+        if outputs is not None:
+            return int(outputs(parts.forget))
         columns = [part.column("label") for part in parts.parts.values() if part.has_column("label")]
         if not columns or any(column.dtype.kind not in "iu" for column in columns):
-            raise InvalidLabels("The records have no integer 'label' column: say --classes.")
+            raise InvalidLabels(
+                "The records have no integer 'label' column: say --classes, or --task regression."
+            )
         return int(max(column.max() for column in columns)) + 1
 
 

@@ -39,6 +39,18 @@ ArchSet = Annotated[
 Classes = Annotated[
     int | None, typer.Option("--classes", min=2, help="Number of logits; by default the largest label + 1.")
 ]
+Domain = Annotated[
+    str,
+    typer.Option("--task", metavar="NAME", help="What the model does: classification or regression."),
+]
+DomainSet = Annotated[
+    list[str],
+    typer.Option(
+        "--task-set",
+        metavar="KEY=VALUE",
+        help="Setting of the task, such as loss=mae or standardise=true; repeatable.",
+    ),
+]
 SHARE = "a share of all records, a rule that picks them (part=test), or 0 for none"
 Test = Annotated[
     str, typer.Option("--test", metavar="SHARE|RULE", help=f"Records that test the model: {SHARE}.")

@@ -100,6 +100,37 @@ def by_column(column: str, *values: Any) -> Selection:
     return Selection(mask, f"{column} = {', '.join(str(value) for value in values)}", check=check)
 
 
+def by_range(column: str, low: float = -np.inf, high: float = np.inf) -> Selection:
+    """Records whose number in `column` lies in [low, high]. One must (`AbsentClass` otherwise).
+
+    Raises:
+        InvalidSplit: If the bounds are no range, or (when applied) the column holds no single numbers.
+    """
+    if not low <= high:
+        raise InvalidSplit(f"A range runs from low to high, not from {low!r} to {high!r}.")
+
+    def mask(records: Records) -> Mask:
+        values = records.column(column)
+        if values.dtype.kind not in "iuf" or values.ndim != 1:
+            raise InvalidSplit(
+                f"The column '{column}' holds no single numbers: a range cannot be taken of it."
+            )
+        return (values >= low) & (values <= high)
+
+    def check(records: Records) -> None:
+        if not mask(records).any():
+            values = records.column(column)
+            raise AbsentClass(
+                f"No record has {column} in [{low:g}, {high:g}]; it runs from {values.min():g} to {values.max():g}."
+            )
+
+    if np.isfinite([low, high]).all():
+        words = f"{low:g} <= {column} <= {high:g}"
+    else:
+        words = f"{column} <= {high:g}" if np.isfinite(high) else f"{column} >= {low:g}"
+    return Selection(mask, words, check=check)
+
+
 def by_fraction(fraction: float, seed: int = 0) -> Selection:
     """A random share of the records, `round(fraction * n)` of the n that the rule is applied to."""
     if not 0 < fraction < 1:

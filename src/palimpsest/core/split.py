@@ -71,8 +71,13 @@ class ForgetSplit:
 
     @cached_property
     def forgotten_labels(self) -> list[Any]:
-        """Labels that occur in forget and nowhere in retain: classes forgotten as a whole."""
+        """Labels that occur in forget and nowhere in retain: classes forgotten as a whole.
+
+        Real numbers are targets of a regression, not classes: none of them is forgotten as a whole.
+        """
         if self.retain is None or not self.forget.has_column("label"):
+            return []
+        if self.forget.column("label").dtype.kind == "f":
             return []
         return sorted(set(self.forget.column("label").tolist()) - set(self.retain.column("label").tolist()))
 
@@ -146,7 +151,8 @@ def split(
 ) -> ForgetSplit:
     """Divide records into forget, retain, test and holdout.
 
-    Test and holdout are drawn first, in proportion within every label where there is a `"label"` column;
+    Test and holdout are drawn first, in proportion within every label where there is a `"label"` column
+    (along the sorted values where it holds real numbers);
     the forget rule is then applied to what remains, the training data. Records that the rule names one
     by one (`by_ids`) always remain in the training data: where the draw took one, another record (of its
     label, if there is one) goes in its place. So the same seed gives the same test and holdout for every
@@ -226,8 +232,10 @@ def _proportional(
             f"{count} records were to be drawn, only {int((free & ~pinned).sum())} are free ({ids})."
         )
     if records.has_column("label"):
-        labels = np.unique(records.column("label")[candidates].astype(str), return_inverse=True)[1]
-        candidates = candidates[np.argsort(labels, kind="stable")]
+        labels = records.column("label")[candidates]
+        labels = labels.reshape(len(labels), -1)[:, 0] if labels.dtype.kind == "f" else labels.astype(str)
+        ranks = np.unique(labels, return_inverse=True)[1]
+        candidates = candidates[np.argsort(ranks, kind="stable")]
     steps = np.floor((np.arange(len(candidates)) + 1) * count / max(len(candidates), 1))
     mask = np.zeros(len(records), bool)
     mask[candidates[np.diff(steps, prepend=0.0) > 0]] = True

@@ -138,9 +138,10 @@ class _Planner:
         self.code = {name: code_fingerprint(code) for name, code in codes.items()}
         self.base = [
             SCHEMA,
-            recipe.model_dump(mode="json", include={"model", "training", "threads"}),
+            recipe.model_dump(mode="json", include={"model", "task", "training", "threads"}),
             Runtime(device=recipe.device).torch_device.type,
             data,
+            splits[0].train.ids if recipe.task.settings else [],  # what the task may be fitted to
             code_fingerprint(UNLEARNERS.get(RETRAIN)),
             code_fingerprint(model) if model is not None else "",
         ]

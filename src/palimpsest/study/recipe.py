@@ -41,6 +41,12 @@ class Network(Named):
     name: str = "small_cnn"
 
 
+class Domain(Named):
+    """The task."""
+
+    name: str = "classification"
+
+
 class Method(Named):
     """A method of the study.
 
@@ -134,6 +140,7 @@ class Recipe(Part):
         name: Title of tables and reports.
         data: Data set by name ("digits", "image-folder:photos") with settings.
         model: Architecture by name.
+        task: What the model does: "classification", or "regression" with settings (loss, standardise, ...).
         training: Of the original model and the controls.
         split: Shares of test and holdout.
         forget: One or several requests.
@@ -158,6 +165,7 @@ class Recipe(Part):
     name: str = "study"
     data: Annotated[DataSource, BeforeValidator(_one_named)] = DataSource()
     model: Annotated[Network, BeforeValidator(_one_named)] = Network()
+    task: Annotated[Domain, BeforeValidator(_one_named)] = Domain()
     training: Training = Training()
     split: Shares = Shares()
     forget: Annotated[list[Request], BeforeValidator(_many)] = Field(min_length=1)
@@ -265,7 +273,7 @@ def _explain(problem: ValidationError) -> str:
 
 def _fields_at(place: Sequence[str]) -> set[str]:
     kinds: dict[str, type[Part]] = {
-        "data": Named, "model": Named, "training": Training, "split": Shares, "forget": Request,
+        "data": Named, "model": Named, "task": Named, "training": Training, "split": Shares, "forget": Request,
         "methods": Method, "seeds": Seeds, "audits": Named,
     }  # fmt: skip
     kind = kinds.get(place[0], Recipe) if place else Recipe

@@ -26,6 +26,10 @@ COLUMNS = {
     "forget": "utility.forget_accuracy",
     "retain": "utility.retain_accuracy",
     "test": "utility.test_accuracy",
+    "forget error": "regression.forget_mae",
+    "retain error": "regression.retain_mae",
+    "test error": "regression.test_mae",
+    "W1 to retrained": "regression.w1_to_retrained",
     "membership AUC": "membership.loss_auc",
     "relearning": "relearning.area",
     "separation": "separation.strongest",
@@ -210,18 +214,20 @@ class StudyResult:
         from rich.markup import escape
         from rich.table import Table
 
+        summaries = self.summary()
+        headings = [*(name for name in COLUMNS if any(name in item.means for item in summaries)), SHARE]
         title = f"{self.name}: mean ± half of the 95 % interval over seeds; accuracies and cost in percent"
         table = Table(title=escape(title), title_justify="left")
         table.add_column("method", no_wrap=True)
         table.add_column("verdict")
-        for heading in (*COLUMNS, SHARE):
+        for heading in headings:
             table.add_column(heading, justify="right")
         before = ""
-        for item in self.summary():
+        for item in summaries:
             if item.request != before:
                 table.add_section()
                 table.add_row(f"[bold]{escape(item.request)}[/bold]")
-            figures = [shown(heading, item.means) for heading in (*COLUMNS, SHARE)]
+            figures = [shown(heading, item.means) for heading in headings]
             table.add_row(escape(item.label), escape(verdicts_of(item)), *figures)
             before = item.request
         return table

@@ -32,6 +32,7 @@ from palimpsest.core.needs import require
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit, at_the_end, in_turn, split
+from palimpsest.core.task import Task
 from palimpsest.core.unlearner import build
 from palimpsest.data import parse_data
 from palimpsest.forget import build_unlearner, forget, needs_met
@@ -43,7 +44,7 @@ from palimpsest.study.measuring import Measured, measuring
 from palimpsest.study.plan import ORIGINAL, Job, Plan, audits_of, make_plan, methods_of
 from palimpsest.study.recipe import Recipe, content_hash, load_recipe
 from palimpsest.study.tables import now
-from palimpsest.tasks import Classification
+from palimpsest.tasks import build_task
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,18 @@ class Workshop:
             except ImportError as problem:
                 raise InvalidRecipe(f"The recipe imports '{module}': {problem}.") from problem
         self.recipe = recipe
-        self.task = Classification()
         self._evidence: tuple[str, Evidence] | None = None
 
     @cached_property
     def records(self) -> Records:
         """The data set."""
         return parse_data(self.recipe.data.name, **self.recipe.data.settings)
+
+    @cached_property
+    def task(self) -> Task:
+        """The domain, fitted to the training records of the first request."""
+        domain = self.recipe.task
+        return build_task(domain.name, domain.settings, self.splits[0].train)
 
     @cached_property
     def splits(self) -> list[ForgetSplit]:
@@ -274,9 +280,15 @@ class Workshop:
 
     @cached_property
     def _classes(self) -> int:
-        """Number of logits: the largest label and one more."""
+        """Number of outputs: of classes the largest label and one more, else what the task says."""
+        outputs = getattr(self.task, "outputs", None)
+        if outputs is not None:
+            return int(outputs(self.records))
         if not self.records.has_column("label") or self.records.column("label").dtype.kind not in "iu":
-            raise InvalidRecipe(f"The data '{self.recipe.data.name}' have no integer 'label' column.")
+            raise InvalidRecipe(
+                f"The data '{self.recipe.data.name}' have no integer 'label' column. For targets that are numbers set "
+                "task: regression."
+            )
         return int(self.records.column("label").max()) + 1
 
     def runtime(self, seed: int) -> Runtime:

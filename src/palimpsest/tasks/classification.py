@@ -18,8 +18,10 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.task import Observation
 from palimpsest.parts.activations import capture, features_with_graph
+from palimpsest.tasks.registry import task
 
 
+@task("classification")
 @dataclass(frozen=True)
 class Classification:
     """Single-label classification with cross-entropy.

@@ -28,7 +28,11 @@ DEFAULT_RATE = 1e-3
 
 
 @audit(
-    "benign-finetuning", code="B3", cost=Cost.ATTACK, parts=("forget", "retain"), tasks=("classification",)
+    "benign-finetuning",
+    code="B3",
+    cost=Cost.ATTACK,
+    parts=("forget", "retain"),
+    tasks=("classification", "regression"),
 )
 @dataclass(frozen=True)
 class BenignFinetuning:

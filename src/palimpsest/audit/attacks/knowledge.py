@@ -10,18 +10,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from palimpsest.audit.regression import targets
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
 from palimpsest.core.finding import Finding, Judgement, Outcome, Row
 from palimpsest.core.intervals import clopper_pearson, mean_interval
 from palimpsest.core.modes import evaluating
-from palimpsest.core.records import Records
+from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.scale import judged
 from palimpsest.core.task import Task
+from palimpsest.tasks.regression import Regression
 
 CONFIDENCE_BOUND = 10.0
 """The log odds of the true label are cut to this, so that one record cannot outweigh all others."""
@@ -40,8 +42,7 @@ class Watched:
 
     def __init__(self, records: Records, task: Task, runtime: Runtime):
         self.batches = list(runtime.batches(records, task))
-        field = getattr(task, "label", "label")
-        self.labels = torch.cat([torch.as_tensor(batch[field]).long() for batch in self.batches])
+        self.labels = torch.cat([truth(task, batch) for batch in self.batches])
         self.task = task
 
     @classmethod
@@ -61,13 +62,43 @@ class Watched:
 
     def right(self, model: nn.Module) -> NDArray[np.bool_]:
         """Whether the model answers each record correctly, [records]."""
-        return (self.logits(model).argmax(1) == self.labels).cpu().numpy()
+        return rightly(self.task, self.logits(model), self.labels).cpu().numpy()
 
     def measure(self, model: nn.Module) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """Correctness and log odds of the true label in one pass, each [records]."""
+        """Correctness and confidence in one pass, each [records].
+
+        Confidence is the log odds of the true label, or of a regression the task's margin, cut alike.
+        """
         logits = self.logits(model)
-        right = logits.argmax(1) == self.labels
-        return right.cpu().numpy(), log_odds(logits, self.labels).cpu().numpy()
+        right = rightly(self.task, logits, self.labels)
+        numbers = as_regression(self.task)
+        if numbers is not None:
+            margin = numbers.margin(logits, self.labels).nan_to_num(-CONFIDENCE_BOUND)
+            confidence = margin.clamp(-CONFIDENCE_BOUND, CONFIDENCE_BOUND)
+        else:
+            confidence = log_odds(logits, self.labels)
+        return right.cpu().numpy(), confidence.float().cpu().numpy()
+
+
+def as_regression(task: object) -> Regression | None:
+    """The task if its answers are numbers, else None."""
+    return task if isinstance(task, Regression) else None
+
+
+def truth(task: Task, batch: Batch) -> Tensor:
+    """True labels of a batch, [batch], or targets of a regression, [batch, targets]."""
+    numbers = as_regression(task)
+    if numbers is not None:
+        return numbers.targets(batch)
+    return torch.as_tensor(batch[getattr(task, "label", "label")]).long()
+
+
+def rightly(task: Task, logits: Tensor, labels: Tensor) -> Bool[Tensor, " records"]:
+    """Whether outputs answer rightly: the true class first, or a number within the task's tolerance."""
+    numbers = as_regression(task)
+    if numbers is not None:
+        return numbers.margin(logits, labels) >= 0
+    return logits.argmax(1) == labels
 
 
 def log_odds(logits: Float[Tensor, "records classes"], labels: Tensor) -> Float[Tensor, " records"]:
@@ -203,7 +234,9 @@ def answers_after(
 
 def plain_right(evidence: Evidence, role: str, part: str = "forget") -> NDArray[np.bool_]:
     """Whether a model answers the records of a part before any attack, from the shared pass, [records]."""
-    return evidence.observe(role, part).logits.argmax(1).numpy() == evidence.labels(part)
+    logits = evidence.observe(role, part).logits
+    known = targets(evidence, part) if isinstance(evidence.task, Regression) else evidence.labels(part)
+    return rightly(evidence.task, logits, torch.as_tensor(known)).numpy()
 
 
 def gain(evidence: Evidence, attacked: Finding) -> list[Finding]:

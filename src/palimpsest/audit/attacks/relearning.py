@@ -37,7 +37,7 @@ SEED_SPREAD = 0.1
 """Deviation of the area between retrainings of different seeds (digits, small CNN: 0.04 to 0.19)."""
 
 
-@audit("relearning", code="B1", cost=Cost.ATTACK, tasks=("classification",))
+@audit("relearning", code="B1", cost=Cost.ATTACK, tasks=("classification", "regression"))
 @dataclass(frozen=True)
 class Relearning:
     """Fine-tune every model alike on a few forget records and watch the others come back.

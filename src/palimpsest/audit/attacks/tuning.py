@@ -21,6 +21,7 @@ from palimpsest.core.evidence import Evidence
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.task import Task
 from palimpsest.parts.activations import head_name, module_of
+from palimpsest.tasks.regression import Regression
 
 LOGIT_BOUND = 1e4
 """Logits beyond this are cut in the attack's loss, so that a mask of -inf gives no infinite loss."""
@@ -99,7 +100,9 @@ def tune(
 
 def _descend(model: nn.Module, batch: Batch, task: Task, optimizer: torch.optim.Optimizer) -> bool:
     """One step; False if the loss is not finite, and then nothing is applied."""
-    logits = task.logits(model, batch).clamp(-LOGIT_BOUND, LOGIT_BOUND)
+    logits = task.logits(model, batch)
+    if not isinstance(task, Regression):  # numbers may be large
+        logits = logits.clamp(-LOGIT_BOUND, LOGIT_BOUND)
     loss = task.loss_of_logits(logits, batch).mean()
     if not loss.requires_grad:
         raise InvalidAudit("no gradient reaches its parameters from its outputs")

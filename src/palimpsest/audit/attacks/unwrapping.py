@@ -18,7 +18,7 @@ from palimpsest.core.finding import Finding, Outcome
 from palimpsest.core.scale import judged
 
 
-@audit("unwrapping", code="B5", cost=Cost.ATTACK, tasks=("classification",))
+@audit("unwrapping", code="B5", cost=Cost.ATTACK, tasks=("classification", "regression"))
 @dataclass(frozen=True)
 class Unwrapping:
     """Take the network out of its wrapper and ask it directly.

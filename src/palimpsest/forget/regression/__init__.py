@@ -1,0 +1,1 @@
+"""Unlearning for networks with continuous outputs, one file per published system."""
