@@ -37,12 +37,10 @@ class Seen:
     Attributes:
         features: Pooled features, float64.
         logits: The outputs.
-        layers: Pooled inner layers by name; none for downstream sets.
     """
 
     features: Float[Tensor, "rows dim"]
     logits: Float[Tensor, "rows classes"]
-    layers: Mapping[str, Float[Tensor, "rows width"]]
 
 
 @dataclass(frozen=True)
@@ -175,8 +173,7 @@ def see(evidence: Evidence, role: str, item: FeatureSet, layer: str | None = Non
         rows = torch.from_numpy(item.rows)
         if seen.features is None:
             raise InvalidAudit(f"The {role} model shows no layer before its outputs.")
-        layers = {name: values[rows] for name, values in seen.layers.items()}
-        found = Seen(seen.features[rows].double(), seen.logits[rows], layers)
+        found = Seen(seen.features[rows].double(), seen.logits[rows])
     else:
         key = ("seen", item.name, *item.identity, layer, role)
         owner = UNLEARNED if role == UNLEARNED or evidence.original is None else ORIGINAL
@@ -188,6 +185,12 @@ def see(evidence: Evidence, role: str, item: FeatureSet, layer: str | None = Non
     if not torch.isfinite(found.features).all():
         raise InvalidAudit(f"The features of the {role} model on {item.name} hold NaN or Inf.")
     return found
+
+
+def layers_of(evidence: Evidence, role: str, item: FeatureSet) -> dict[str, Float[Tensor, "rows width"]]:
+    """Pooled inner layers of a model by name, on a set that is a part of the split."""
+    rows = torch.from_numpy(item.rows)
+    return {name: values[rows] for name, values in evidence.observe(role, item.part).layers.items()}
 
 
 @torch.no_grad()
@@ -212,7 +215,7 @@ def pass_over(
             if rows is None or len(rows) != len(batch["id"]):
                 raise InvalidAudit(f"The model shows no features at {name or 'the input of its head'}.")
             features.append(rows.double().cpu())
-    return Seen(torch.cat(features), torch.cat(logits), {})
+    return Seen(torch.cat(features), torch.cat(logits))
 
 
 def layer_name(model: nn.Module, layer: str) -> str:

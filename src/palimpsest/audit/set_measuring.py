@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palimpsest.audit.feature_sets import FeatureSet, Seen, see
+from palimpsest.audit.feature_sets import FeatureSet, Seen, layers_of, see
 from palimpsest.audit.probing import LOGIT
 from palimpsest.audit.set_measures import mean_cka, neighbours_on_set
-from palimpsest.audit.similarity import Kernel, Short
+from palimpsest.audit.similarity import Kernel, Short, matched_names
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
 
@@ -60,6 +60,28 @@ class Measuring:
 
         how = (self.batch_size, self.order, self.kernel, self.short, self.layer, debiased)
         key = ("uuef cka", *how, item.name, *item.identity, one, other)
+        return self.evidence.remember(key, compute, self._owner(one, other))
+
+    def cka_by_layer(self, item: FeatureSet, one: str, other: str) -> dict[str, tuple[int, float]]:
+        """Place and mean CKA of every layer that both have, under the other's names; without dead layers.
+
+        Raises:
+            InvalidAudit: If the layers of the two cannot be matched.
+        """
+
+        def compute() -> dict[str, tuple[int, float]]:
+            mine, theirs = (layers_of(self.evidence, role, item) for role in (one, other))
+            widths = [{name: values.shape[1] for name, values in layers.items()} for layers in (mine, theirs)]
+            order, found = list(theirs), dict[str, tuple[int, float]]()
+            for name, partner in matched_names(*widths):
+                try:
+                    value = self.mean_cka(item, mine[name], theirs[partner])[0]
+                except InvalidAudit:  # a layer that is the same for all records has no similarity to anything
+                    continue
+                found[partner] = order.index(partner), value
+            return found
+
+        key = ("uuef layers", self.batch_size, self.order, self.kernel, self.short, item.name, one, other)
         return self.evidence.remember(key, compute, self._owner(one, other))
 
     def mean_cka(self, item: FeatureSet, x: Tensor, y: Tensor, debiased: bool = False) -> tuple[float, int]:

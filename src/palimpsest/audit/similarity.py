@@ -17,6 +17,8 @@ from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter
 
 FEWEST_ROWS = 3
 """Centred, two rows are one number up to sign: their CKA is 1 whatever they hold."""
+SAME_ROW = 1e-12
+"""Rows are equal if their squared distance is no more than this share of the largest squared length."""
 Features = Float[Tensor, "rows dim"]
 Gram = Float[Tensor, "rows rows"]
 Kernel = Literal["linear", "rbf"]
@@ -63,11 +65,12 @@ def rbf_cka(x: Features, y: Features, debiased: bool = False) -> float:
     Raises:
         InvalidAudit: As `linear_cka`.
     """
-    _centred(x, y)
     kernels: list[Gram] = []
-    for features in (x.double(), y.double()):
-        # Through a matrix product the distance of a row to itself would come out as not quite zero.
-        distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
+    for features in _centred(x, y):
+        squares = features.square().sum(1)
+        distances = (squares[:, None] + squares - 2 * features @ features.T).fill_diagonal_(0)
+        # What is left of the distance between equal rows is rounding, and would count as a small one.
+        distances[distances <= SAME_ROW * squares.max()] = 0
         scale = distances[distances > 0].median()
         kernels.append(_centred_kernel((-0.5 * distances / scale).exp()))
     return _alignment(kernels[0], kernels[1], debiased)

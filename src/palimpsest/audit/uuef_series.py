@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from palimpsest.audit.feature_sets import FeatureSet, see
+from palimpsest.audit.feature_sets import FeatureSet
 from palimpsest.audit.probing import RANDOM
 from palimpsest.audit.projection import principal_plane, sample_by_group, turned_towards
 from palimpsest.audit.set_measuring import Measuring
-from palimpsest.audit.similarity import matched_names
 from palimpsest.core.errors import InvalidAudit, ModelMismatch
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED
 from palimpsest.core.finding import Row
@@ -94,23 +93,12 @@ def by_layer(work: Measuring) -> list[Row]:
 
 
 def _pair_by_layer(work: Measuring, item: FeatureSet, role: str, partner: str) -> list[Row]:
-    mine, theirs = (see(work.evidence, one, item).layers for one in (role, partner))
-    widths = [{name: values.shape[1] for name, values in layers.items()} for layers in (mine, theirs)]
-    order, rows = list(theirs), list[Row]()
     try:
-        pairs = matched_names(*widths)
-    except InvalidAudit:  # layers of different architectures have nothing in common
+        found = work.cka_by_layer(item, role, partner)
+    except InvalidAudit:  # the findings say why, or the architectures have no layer in common
         return []
-    for name, other in pairs:
-        try:
-            value = work.mean_cka(item, mine[name], theirs[other])[0]
-        except InvalidAudit:  # a dead layer has no similarity to anything
-            continue
-        rows.append({
-            "model": role, "against": partner.removesuffix(" 0"), "set": item.name, "layer": other,
-            "order": order.index(other), "cka": value,
-        })  # fmt: skip
-    return rows
+    about: Row = {"model": role, "against": partner.removesuffix(" 0"), "set": item.name}
+    return [{**about, "layer": name, "order": place, "cka": value} for name, (place, value) in found.items()]
 
 
 def picture(work: Measuring, most: int) -> list[Row]:
