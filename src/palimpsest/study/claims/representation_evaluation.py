@@ -31,7 +31,7 @@ COUNT = 2
 @measurement("representation-evaluation.cheat-suppressed")
 def cheat_suppressed(setting: Setting) -> float:
     """1 if the verdict on a masked head is "suppressed", by utility and this protocol alone."""
-    cheat = forget(setting.original, setting.split, PlantedHead(), setting.task, runtime=setting.runtime)
+    cheat = PlantedHead().unlearn(setting.original, setting.split, setting.task, setting.runtime)
     later = setting.runtime.with_seed(setting.runtime.derive("control"))
     control = forget(setting.original, setting.split, "retrain", setting.task, runtime=later)
     report = audit_verb.audit(
