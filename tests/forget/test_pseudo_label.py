@@ -172,8 +172,8 @@ def test_bad_input_is_refused_before_any_work(digits_model, class_request, digit
     narrow = build_model("mlp", (1, 8, 8), 2)
     with pytest.raises(InvalidHyperparameter, match="no class"):
         pal.forget(narrow, replace(two, forget=two.train, retain=None), "pseudo-label", digits_task)
-    with pytest.raises(InvalidLabels, match="0 to 8"):
-        pal.forget(build_model("mlp", (1, 8, 8), 9), class_request, "pseudo-label", digits_task)
+    with pytest.raises(InvalidLabels, match="0 to 2"):
+        pal.forget(build_model("mlp", (1, 8, 8), 3), class_request, "pseudo-label", digits_task)
     with pytest.raises(InvalidLabels, match="0 to 2"):
         pseudo_labels(build_model("mlp", (1, 8, 8), 3), class_request, digits_task, pal.Runtime())
     unlabelled = pal.ForgetSplit(pal.Records(TensorDataset(torch.rand(4, 1, 8, 8))))

@@ -23,9 +23,6 @@ from palimpsest.parts.activations import head_name, module_of
 from palimpsest.parts.pairing import cycled
 from palimpsest.parts.training import TrainingRecipe, step
 
-MOST_STEPS = 2000
-"""Ascent that has not done its damage by then never will."""
-
 
 @unlearner(
     "planted-head", needs={Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS}, tasks=("classification",)
@@ -69,11 +66,13 @@ class PlantedWreck:
         lr: Learning rate of plain SGD.
         share: Of the accuracy that is left at most.
         batch_size: Records per step.
+        most_steps: Ascent that has not done its damage by then is given up.
     """
 
     lr: float = 0.05
     share: float = 0.5
     batch_size: int = 128
+    most_steps: int = 2000
 
     def __post_init__(self) -> None:
         check_range("share", self.share, 0, 1)
@@ -92,13 +91,13 @@ class PlantedWreck:
         optimizer, order = recipe.build_optimizer(wreck), runtime.generator("planted wreck")
         bound = self.share * accuracy(wreck, split.retain, task, runtime)
         batches = cycled(split.forget, task, runtime, self.batch_size, order)
-        for _ in range(MOST_STEPS):
+        for _ in range(self.most_steps):
             if accuracy(wreck, split.retain, task, runtime) <= bound:
                 return wreck
             batch = next(batches)
             step(wreck, optimizer, -task.loss_per_example(wreck, batch).mean(), batch)
         raise InvalidHyperparameter(
-            f"{MOST_STEPS} steps at lr={self.lr:g} were not enough: take a larger one."
+            f"{self.most_steps} steps at lr={self.lr:g} were not enough: take a larger one."
         )
 
 
