@@ -525,7 +525,8 @@ def test_fewer_than_three_records_are_not_compared(digits, digits_task, digits_m
         UUEF().run(Evidence(digits_model, few, digits_task, pal.Runtime(), digits_model, class_controls[:1]))
     )
     assert "at least 3 rows" in found["forget_cka_to_original"].note
-    assert found["forget_knn"].judgement == Judgement.NOT_RUN and found["retain_knn"].value is not None
+    assert "at least 3 rows" in found["agr"].note and found["agr"].value is None
+    assert found["retain_cka_to_original"].value is not None
 
 
 def test_more_neighbours_than_rows_are_not_run(evidence, class_controls):

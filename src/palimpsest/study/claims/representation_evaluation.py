@@ -11,7 +11,7 @@ from torch import nn
 import palimpsest.audit as audit_verb
 from palimpsest.audit.feature_sets import pass_over
 from palimpsest.audit.forget_lists import forget_list
-from palimpsest.audit.set_measures import neighbours_on_set
+from palimpsest.audit.set_measures import mean_cka, neighbours_on_set
 from palimpsest.audit.similarity import linear_cka
 from palimpsest.core.errors import MissingNeed
 from palimpsest.core.records import Records
@@ -26,19 +26,37 @@ DOWNSTREAM = (8, 9)
 """The downstream task: bags against ankle boots of Fashion-MNIST; the source task are the other classes."""
 COUNT = 2
 """Classes that are forgotten."""
+ASCENT = 1e-3
+"""Learning rate of Adam in unbounded ascent."""
 
 
 @measurement("representation-evaluation.cheat-suppressed")
 def cheat_suppressed(setting: Setting) -> float:
     """1 if the verdict on a masked head is "suppressed", by utility and this protocol alone."""
     cheat = PlantedHead().unlearn(setting.original, setting.split, setting.task, setting.runtime)
-    later = setting.runtime.with_seed(setting.runtime.derive("control"))
-    control = forget(setting.original, setting.split, "retrain", setting.task, runtime=later)
+    control = _control(setting)
     report = audit_verb.audit(
         cheat, setting.split, setting.task, setting.original, control, ["utility", "uuef"],
         runtime=setting.runtime,
     )  # fmt: skip
     return float(report.verdict == "suppressed")
+
+
+@measurement("representation-evaluation.ascent-fall")
+def ascent_fall(setting: Setting) -> float:
+    """By how much ascent without a bound takes CKA to a retrained model, on retained records, below the original's."""
+    if setting.split.retain is None:
+        raise MissingNeed("The claim needs retained records.")
+    control = _control(setting)
+    wreck = forget(
+        setting.original, setting.split, "gradient-ascent", setting.task, runtime=setting.runtime,
+        lr=ASCENT, epochs=10, clip=None, stop_accuracy=None,
+    )  # fmt: skip
+    seen = [
+        pass_over(model, setting.split.retain, setting.task, setting.runtime).features
+        for model in (setting.original, wreck, control)
+    ]
+    return mean_cka(seen[0], seen[2])[0] - mean_cka(seen[1], seen[2])[0]
 
 
 @measurement("representation-evaluation.invariance-error")
@@ -80,6 +98,12 @@ def transfer_loss(setting: Setting) -> float:
     )  # fmt: skip
     without_random, without_top = (_transfer(_retrained(setting, gone), setting) for gone in (random, top))
     return without_random - without_top
+
+
+def _control(setting: Setting) -> nn.Module:
+    """A retrained model, with a seed that no cell has."""
+    later = setting.runtime.with_seed(setting.runtime.derive("control"))
+    return forget(setting.original, setting.split, "retrain", setting.task, runtime=later)
 
 
 def _features(setting: Setting) -> torch.Tensor:
