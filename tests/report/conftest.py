@@ -12,6 +12,10 @@ AUDITS = [
     "membership",
     "representation",
     "separation",
+    {
+        "name": "uuef",
+        "settings": {"downstream": {"held out": {"data": "digits", "labels": [0, 1, 2]}}, "picture": 40},
+    },
     {"name": "relearning", "settings": {"steps": 6, "repetitions": 1}},
     {"name": "benign-finetuning", "settings": {"steps": 4}},
     "quantization",

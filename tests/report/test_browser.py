@@ -105,6 +105,29 @@ def test_clicking_on_a_mark_picks_its_model(opened):
     assert opened.locator(".chip[aria-pressed='true']").count() == 1
 
 
+def test_the_feature_space_is_drawn_for_every_model_with_the_forgotten_in_colour(opened):
+    chart = opened.locator("#chart-features")
+    titles = chart.locator("svg .role-column-title text, svg .role-header-title text, svg .role-scope text")
+    names = set(chart.locator("svg text").all_inner_texts())
+    assert {"original", "retrained", "ssd", "finetune (epochs=1)", "class 3", "retained"} <= names
+    assert titles.count() > 0
+    fills = set(
+        chart.locator("svg .role-mark.marks .mark-symbol path, svg .mark-symbol.role-mark path").evaluate_all(
+            "paths => paths.map(path => getComputedStyle(path).fill)"
+        )
+    )
+    assert len(fills) >= 2, "retained and forgotten records have colours of their own"
+    ground = opened.evaluate("getComputedStyle(document.querySelector('.card')).backgroundColor")
+    assert all(contrast(fill, ground) > 2 for fill in fills)
+    inks = chart.locator("svg text").evaluate_all("texts => texts.map(text => getComputedStyle(text).fill)")
+    assert inks and all(contrast(ink, ground) > 4.5 for ink in inks)
+    opened.click(".chip[data-label='ssd']")
+    opened.wait_for_function(
+        """() => [...document.querySelectorAll('#chart-features svg .mark-symbol.role-mark path')]
+        .some(path => Number(path.getAttribute('opacity')) < 0.1)"""
+    )
+
+
 def test_another_request_is_one_click_away(opened):
     before = opened.locator("#chart-trade-off svg.marks").inner_html()
     opened.click(".tab >> nth=1")

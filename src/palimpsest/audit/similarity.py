@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +17,13 @@ from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter
 
 FEWEST_ROWS = 3
 """Centred, two rows are one number up to sign: their CKA is 1 whatever they hold."""
+SAME_ROW = 1e-12
+"""Rows are equal if their squared distance is no more than this share of the largest squared length."""
 Features = Float[Tensor, "rows dim"]
 Gram = Float[Tensor, "rows rows"]
+Kernel = Literal["linear", "rbf"]
+Short = Literal["merge", "drop"]
+"""What becomes of a last batch that is too short: it joins the one before, or is left out."""
 
 
 def linear_cka(x: Features, y: Features, debiased: bool = False) -> float:
@@ -53,43 +59,83 @@ def linear_hsic(x: Features, y: Features) -> float:
     return float(((a @ a.T) * (b @ b.T)).sum())
 
 
-def rbf_cka(x: Features, y: Features) -> float:
+def rbf_cka(x: Features, y: Features, debiased: bool = False) -> float:
     """CKA with Gaussian kernels exp(-d^2 / 2s^2), s^2 the lower median of its own non-zero d^2.
 
     Raises:
         InvalidAudit: As `linear_cka`.
     """
-    _centred(x, y)
     kernels: list[Gram] = []
-    for features in (x.double(), y.double()):
-        # Through a matrix product the distance of a row to itself would come out as not quite zero.
-        distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
+    for features in _centred(x, y):
+        squares = features.square().sum(1)
+        distances = (squares[:, None] + squares - 2 * features @ features.T).fill_diagonal_(0)
+        # What is left of the distance between equal rows is rounding, and would count as a small one.
+        distances[distances <= SAME_ROW * squares.max()] = 0
         scale = distances[distances > 0].median()
         kernels.append(_centred_kernel((-0.5 * distances / scale).exp()))
-    return _alignment(kernels[0], kernels[1])
+    return _alignment(kernels[0], kernels[1], debiased)
 
 
-def batch_cka(x: Features, y: Features, batch_size: int = 512, as_released: bool = False) -> list[float]:
-    """CKA of consecutive batches, as published evaluations report it (their unweighted mean, times 100).
+def batch_cka(
+    x: Features,
+    y: Features,
+    batch_size: int = 512,
+    as_released: bool = False,
+    *,
+    kernel: Kernel = "linear",
+    debiased: bool = False,
+    fewest: int = FEWEST_ROWS,
+    short: Short = "drop",
+) -> list[float]:
+    """CKA of consecutive batches; published evaluations report their unweighted mean, times 100.
 
     Args:
         x: Representations of one model.
-        y: Of another.
+        y: Of another, the same records in the same order.
         batch_size: Rows per batch.
-        as_released: Count a short last batch fully, whatever it holds: two rows always give 1, one row
-            gives NaN. Else one of fewer than 3 rows is left out.
+        as_released: Biased linear CKA, a short last batch counted fully, whatever it holds: two rows always
+            give 1, one row gives NaN.
+        kernel: "linear" or "rbf".
+        debiased: Use the unbiased estimator.
+        fewest: A last batch of fewer rows is too short, unless it is the only one.
+        short: What becomes of it.
 
     Raises:
-        InvalidAudit: As `linear_cka`.
+        InvalidAudit: As `linear_cka`, for any batch.
     """
     _check_rows(x, y)
-    values: list[float] = []
-    for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        if len(a) >= FEWEST_ROWS:
-            values.append(linear_cka(a, b))
-        elif as_released:
-            values.append(1.0 if len(a) == 2 else math.nan)
-    return values
+    if as_released:
+        return [_as_released(a, b) for a, b in zip(x.split(batch_size), y.split(batch_size), strict=True)]
+    similarity = linear_cka if kernel == "linear" else rbf_cka
+    return [
+        similarity(x[rows], y[rows], debiased=debiased)
+        for rows in batches_of_rows(len(x), batch_size, fewest, short)
+    ]
+
+
+def batches_of_rows(n: int, batch_size: int, fewest: int = FEWEST_ROWS, short: Short = "drop") -> list[slice]:
+    """Consecutive batches of n rows, without a last one of fewer than `fewest`.
+
+    Example:
+        >>> batches_of_rows(10, 4, fewest=3, short="merge")
+        [slice(0, 4, None), slice(4, 10, None)]
+    """
+    starts = list(range(0, n, batch_size))
+    stop = n
+    if len(starts) > 1 and n - starts[-1] < fewest:
+        last = starts.pop()
+        stop = n if short == "merge" else last
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], stop], strict=True)]
+
+
+def effective_rank(x: Features) -> float:
+    """Participation ratio of the variances of centred features, tr(C)^2 / tr(C^2), in [1, dim].
+
+    Biased CKA needs several times as many rows as this, or it reads high whatever is compared.
+    """
+    centred = x.double() - x.double().mean(0)
+    spread = centred.T @ centred if x.shape[1] <= len(x) else centred @ centred.T
+    return float(spread.trace().square() / spread.square().sum())
 
 
 def knn_predictions(
@@ -196,6 +242,12 @@ def _matches(
 ) -> list[tuple[str, str]]:
     pairs = [(name, other_prefix + name.removeprefix(prefix)) for name in mine if name.startswith(prefix)]
     return [(name, partner) for name, partner in pairs if partner in other]
+
+
+def _as_released(x: Features, y: Features) -> float:
+    """Biased linear CKA by its formula alone; what is not defined is NaN."""
+    a, b = (features.double() - features.double().mean(0) for features in (x, y))
+    return _alignment(a @ a.T, b @ b.T)
 
 
 def _check_rows(x: Features, y: Features) -> None:

@@ -22,6 +22,7 @@ from palimpsest.report.attacks import (
     relearning_chart,
 )
 from palimpsest.report.cost import cost_chart
+from palimpsest.report.features import features_chart, sets_chart
 from palimpsest.report.gathering import labels_of, requests_of
 from palimpsest.report.inside import cka_chart, separation_chart
 from palimpsest.report.membership import confidence_chart, roc_chart
@@ -70,6 +71,11 @@ PANELS = (
           "model without the records would be.", cka_chart),
     Panel("separation", "Is the class still a class inside?", "How far the forgotten class stands apart from the "
           "nearest retained class, in units of its own spread.", separation_chart),
+    Panel("features", "Feature space", "The plane in which each model's features spread most, turned alike. Retraining "
+          "shows where records of a class lie that a model never saw; hiding leaves them where they were.",
+          features_chart, wide=True),
+    Panel("sets", "Representations by set", "Colour is the gap to the retrained model on the same set: red below, blue "
+          "above. What is right is what retraining gives.", sets_chart),
     Panel("quantization", "Fewer bits", "Rounding the weights can undo small changes: the forgotten returns.",
           quantization_chart),
     Panel("pruning", "Fewer weights", "The same with the smallest weights removed.", pruning_chart),
