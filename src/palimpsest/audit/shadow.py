@@ -159,9 +159,7 @@ class ShadowStudy:
         """
         said = [start.key, unlearner.card.name, repr(unlearner), type(unlearner).__module__, self._watched]
         content = hashlib.sha256(b"".join(self._digests[position] for position in forgets)).hexdigest()
-        return ShadowModel(
-            _hash("forgetting", *said, content, seed), start.records, seed, forgets, start.key
-        )
+        return ShadowModel(_hash("forgetting", *said, content, seed), start.records, seed, forgets, start.key)
 
     def make(self, models: Sequence[ShadowModel], unlearner: Unlearner | None = None) -> int:
         """Make what is not there yet; what another process is making is left to it and waited for.
@@ -315,7 +313,10 @@ class _Maker:
         study, runtime = self.study, self.study.runtime.with_seed(model.seed)
         kept = np.setdiff1d(model.records, model.forgets)
         request = ForgetSplit(
-            study.pool.select(model.forgets), study.pool.select(kept), study.test, description="shadow request"
+            study.pool.select(model.forgets),
+            study.pool.select(kept),
+            study.test,
+            description="shadow request",
         )
         start = ShadowModel(model.start, model.records, model.seed)
         with runtime.limited():

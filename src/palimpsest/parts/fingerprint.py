@@ -42,7 +42,9 @@ def record_digests(records: Records) -> list[bytes]:
         digest = hashlib.blake2b(identifier.encode(), digest_size=16)
         for values in rows:
             item = values[position]
-            digest.update(b"\0" + (np.asarray(item).tobytes() if values.dtype != object else str(item).encode()))
+            digest.update(
+                b"\0" + (np.asarray(item).tobytes() if values.dtype != object else str(item).encode())
+            )
         digests.append(digest.digest())
     return digests
 

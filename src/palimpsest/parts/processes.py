@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import multiprocessing
 import os
@@ -129,7 +130,7 @@ def _serve(pipe: Connection, work: Callable[[Any], Any], parent: int, threads: i
 def _portable(problem: Exception) -> Exception:
     """The exception itself if it survives the way through a pipe, else its text."""
     try:
-        pickle.loads(pickle.dumps(problem))
+        copy.copy(problem)  # takes the same way: class and arguments
     except Exception:
         return WorkerFailed(f"{type(problem).__name__}: {problem}")
     if not isinstance(problem, PalimpsestError):

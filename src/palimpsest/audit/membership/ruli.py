@@ -20,9 +20,7 @@ Memberships = Bool[np.ndarray, "runs records"]
 Scores = Float[np.ndarray, " records"]
 
 
-def kernel_ratio(
-    target: Scores, shadows: Phi, inside: Memberships, bandwidth: float = BANDWIDTH
-) -> Scores:
+def kernel_ratio(target: Scores, shadows: Phi, inside: Memberships, bandwidth: float = BANDWIDTH) -> Scores:
     """Log kernel density of phi under runs that forgot a record, minus that under runs that never had it.
 
     Args:
@@ -43,7 +41,9 @@ def kernel_ratio(
         raise InvalidAudit("Scores hold NaN or infinity.")
     few = np.flatnonzero(np.minimum(inside.sum(0), (~inside).sum(0)) < 2)
     if len(few):
-        raise InvalidAudit(f"Each record needs 2 shadow models a side; too few for records {shorten(few.tolist())}.")
+        raise InvalidAudit(
+            f"Each record needs 2 shadow models a side; too few for records {shorten(few.tolist())}."
+        )
     return kernel_log_density(target, shadows, inside, bandwidth) - kernel_log_density(
         target, shadows, ~inside, bandwidth
     )

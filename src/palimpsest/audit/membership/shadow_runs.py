@@ -63,7 +63,8 @@ def draw_targets(evidence: Evidence, limit: int, retained: int) -> Targets:
     Args:
         evidence: With a retain part.
         limit: At most this many forget records.
-        retained: At most this many retained records; none without held-out ones.
+        retained: At most this many retained records, and no more than a quarter of them; none without
+            held-out ones.
     """
     random = same_draw(evidence, "shadow targets")
     forget, retain = evidence.records("forget"), evidence.split.parts["retain"]
@@ -76,8 +77,9 @@ def draw_targets(evidence: Evidence, limit: int, retained: int) -> Targets:
     kept, kept_others = nobody, nobody
     if retained:
         free = np.flatnonzero(~evidence.split.like_forgotten(holdout))
-        kept, found = _matched(retain.column("label"), evidence.labels("holdout")[free], retained, random)
-        kept_others = free[found]
+        most = min(retained, len(retain) // 4)
+        kept, found = _matched(retain.column("label"), evidence.labels("holdout")[free], most, random)
+        kept, kept_others = (kept, free[found]) if min(len(kept), len(found)) > 1 else (nobody, nobody)
     outside = np.union1d(others, kept_others)
     records = _joined(forget.select(members), _joined(holdout.select(outside), retain.select(kept)))
     first, second = len(members), len(members) + len(outside)
@@ -153,7 +155,9 @@ class ShadowRuns:
             for run, (start, row) in enumerate(zip(self.trained, self.inside, strict=True))
         ]
 
-    def seen(self, stage: str, models: Callable[[], list[ShadowModel]], who: Unlearner | None = None) -> SeenByAll:
+    def seen(
+        self, stage: str, models: Callable[[], list[ShadowModel]], who: Unlearner | None = None
+    ) -> SeenByAll:
         """What the models of a stage say; they are made if need be, and asked once for all audits."""
 
         def ask() -> SeenByAll:
@@ -162,13 +166,22 @@ class ShadowRuns:
             found = [self.study.seen(model) for model in wanted]
             return SeenByAll.of(found, len(self.targets.records))
 
-        key = (SHADOWS, stage, repr(who), self.study.folder, self.inside.tobytes(), tuple(self.targets.records.ids))
+        key = (
+            SHADOWS,
+            stage,
+            repr(who),
+            self.study.folder,
+            self.inside.tobytes(),
+            tuple(self.targets.records.ids),
+        )
         return self.evidence.remember(key, ask, SHADOWS)
 
     def model_seen(self, role: str) -> Seen:
         """What a model in evidence says of the watched records."""
         key = (SHADOWS, "watched", tuple(self.study.watched.ids))
-        ask = partial(observed, self.evidence.model(role), self.study.watched, self.study.task, self.study.runtime)
+        ask = partial(
+            observed, self.evidence.model(role), self.study.watched, self.study.task, self.study.runtime
+        )
         return self.evidence.remember(key, ask, role)
 
     def _training(self, inside: Bool[np.ndarray, " targets"]) -> Positions:
@@ -219,7 +232,9 @@ def shadow_runs(
     watched = targets.records
     if evidence.has("test"):
         watched = _joined(targets.records, evidence.records("test"))
-    inside = paired_halves(len(targets.records), runs, same_draw(evidence, "shadow halves"))
+    random, inside = same_draw(evidence, "shadow halves"), np.zeros((runs, len(targets.records)), bool)
+    for mask in (targets.forgettable, ~targets.forgettable):  # each kind of target in halves of its own
+        if mask.any():
+            inside[:, mask] = paired_halves(int(mask.sum()), runs, random)
     check_coverage(inside, least=3)
     return ShadowRuns(evidence, targets, inside, study(pool, watched))
-
