@@ -33,7 +33,12 @@ def models(split: pal.ForgetSplit, task, recipe: TrainingRecipe = RECIPE, seed: 
 def fresh(evidence: Evidence) -> Evidence:
     """The same models without anything that is remembered of them."""
     return Evidence(
-        evidence.unlearned, evidence.split, evidence.task, evidence.runtime, evidence.original, evidence.controls
+        evidence.unlearned,
+        evidence.split,
+        evidence.task,
+        evidence.runtime,
+        evidence.original,
+        evidence.controls,
     )
 
 
