@@ -47,11 +47,11 @@ def in_processes(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Ite
         return
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise WorkerFailed('A script that uses workers must do so under: if __name__ == "__main__".')
-    waiting, staff = deque(jobs), dict[Connection, Any]()
+    waiting, staff, sent = deque(jobs), dict[Connection, Any](), _by_value(work)
     threads = max(1, torch.get_num_threads() // workers)
     try:
         for _ in range(min(workers, len(waiting))):
-            pipe, process = _hire(work, threads)
+            pipe, process = _hire(sent, threads)
             staff[pipe] = process
             pipe.send(waiting.popleft())
         while staff:
@@ -84,17 +84,26 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _hire(work: Callable[[J], R], threads: int) -> tuple[Connection, Any]:
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, work, os.getpid(), threads), name="palimpsest-job")
+def _by_value(work: Callable[[J], R]) -> bytes:
+    """The work as bytes.
+
+    Left to itself, multiprocessing has torch move tensors into shared memory, under the feet of every numpy
+    array that looks at them (labels of records do).
+    """
     try:
-        process.start()
+        return pickle.dumps(work)
     except (pickle.PicklingError, AttributeError, TypeError) as problem:
         raise WorkerFailed(
             f"Model, records or method cannot be sent to worker processes ({problem}). "
             "Define their classes in a module, or work without workers."
         ) from problem
+
+
+def _hire(work: bytes, threads: int) -> tuple[Connection, Any]:
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, work, os.getpid(), threads), name="palimpsest-job")
+    process.start()
     theirs.close()  # so that the pipe ends when the worker does
     return pipe, process
 
@@ -113,8 +122,9 @@ def _heard(pipe: Connection, process: Any) -> Any:
     return said
 
 
-def _serve(pipe: Connection, work: Callable[[Any], Any], parent: int, threads: int) -> None:
+def _serve(pipe: Connection, sent: bytes, parent: int, threads: int) -> None:
     die_with(parent)
+    work: Callable[[Any], Any] = pickle.loads(sent)  # noqa: S301  # what the parent process made
     torch.set_num_threads(threads)
     while True:
         try:
