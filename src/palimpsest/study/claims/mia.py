@@ -61,6 +61,18 @@ def permuted_tpr(setting: Setting) -> float:
     return _permuted(setting, kept)
 
 
+@measurement("mia.permuted-rates")
+def permuted_rates(setting: Setting) -> float:
+    """Share of permutations under which the intervals of true and false positive rate at 1 % overlap."""
+
+    def kept(members: np.ndarray, others: np.ndarray) -> bool:
+        found = tpr_at(members, others, ALPHA)
+        low, _ = clopper_pearson(int(found.hit.sum()), len(members))
+        return low <= clopper_pearson(found.false, len(others))[1]
+
+    return _permuted(setting, kept)
+
+
 @measurement("mia.refusals")
 def refusals(setting: Setting) -> float:
     """Of two ways to ask for a rate of 0.1 % with 50 non-members, how many are refused."""
