@@ -141,8 +141,8 @@ def test_ruli_sees_records_that_fall_into_two_groups_where_gaussians_cannot():
     _, inside = shadows(48, 200)
     forgot = random.choice([-6.0, 6.0], inside.shape) + random.normal(0, 1, inside.shape)
     phi = np.where(inside, forgot, random.normal(0, math.sqrt(37), inside.shape))
-    assert play(phi, inside).accuracy.value < 0.56
-    assert play(phi, inside, attack=kernel_ratio).accuracy.value > 0.63
+    assert play(phi, inside).accuracy.value < 0.62
+    assert play(phi, inside, attack=kernel_ratio).accuracy.value > play(phi, inside).accuracy.value + 0.08
     nothing, halves = shadows(24, 200, gap=0.0, seed=1)
     game = play(nothing, halves, attack=kernel_ratio)
     assert game.accuracy.value == pytest.approx(0.5, abs=0.05)
