@@ -118,6 +118,32 @@ def test_the_lines_of_the_guide_to_worst_cases_run():
     assert len(names["hardest"]) == 5 and len(names["request"].forget) == len(names["worst"].ids)
 
 
+def test_the_membership_page_runs_as_told(tmp_path, monkeypatch):
+    page = ROOT / "docs" / "guide" / "membership.md"
+    study, audit = blocks(page, "bash")
+    done = _do(study.strip() + " --no-report", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "most exposed (online; finetune" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    [code] = blocks(page, "python")
+    names: dict[str, object] = {}
+    exec(code, names)
+    made = sorted((tmp_path / "shadows").iterdir())
+    assert names["report"].finding("shadow-membership.online_auc").value > 0.5
+    assert len(names["report"].series["exposed"]) == 2 * 20
+    for name, model in (("model", "model"), ("forgot", "unlearned"), ("retrained", "retrained")):
+        palimpsest.save_model(names[model], f"{name}.safetensors")
+    known = {
+        word.partition("=")[0].rpartition(".")[2]
+        for word in shlex.split(audit)
+        if "shadow-membership." in word
+    }
+    again = _do(audit.strip() + " --audit-set shadow-membership.runs=6 --json", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert known == {"method", "folder", "workers"} and set(made) < set((tmp_path / "shadows").iterdir())
+    assert len(json.loads(again.stdout)["series"]["exposed"]) == 2 * 20
+
+
 def test_the_ten_lines_of_the_quickstart_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own, ten, more = blocks(ROOT / "docs" / "guide" / "quickstart.md", "python")

@@ -10,7 +10,7 @@ from torch import nn
 
 from palimpsest.audit.report import AuditReport
 from palimpsest.audit.verdict import judge
-from palimpsest.core.auditing import AUDITS, Audit
+from palimpsest.core.auditing import AUDITS, Audit, Checked
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Finding, Judgement, Row
 from palimpsest.core.runtime import Runtime
@@ -79,6 +79,9 @@ def examine(
         evidence.remember("checked", partial(_check, model, role, evidence), role)
     findings: list[Finding] = []
     series: dict[str, tuple[Row, ...]] = {}
+    for item in chosen:
+        if isinstance(item, Checked) and not _missing(item, evidence):
+            item.check(evidence)
     for item in evidence.runtime.track(chosen, "auditing"):
         missing = _missing(item, evidence)
         if missing:

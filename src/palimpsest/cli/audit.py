@@ -10,7 +10,7 @@ import typer
 from palimpsest.cli.loading import (
     Architecture,
     import_modules,
-    listed,
+    read_audits,
     read_runtime,
     read_settings,
     read_split,
@@ -19,6 +19,7 @@ from palimpsest.cli.options import (
     Arch,
     ArchSet,
     AsJson,
+    AuditSet,
     Classes,
     Data,
     Device,
@@ -66,6 +67,7 @@ def command(
         str | None,
         typer.Option(metavar="A,B,...", help="Audits to run; by default all without shadow models."),
     ] = None,
+    audit_set: AuditSet = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Write a report: .html, .json or .csv.")] = None,
     arch_set: ArchSet = [],  # noqa: B006
     classes: Classes = None,
@@ -89,12 +91,15 @@ def command(
     if out is not None and out.suffix.lstrip(".").lower() not in FORMATS:
         raise UnknownName("report format", out.suffix.lstrip("."), FORMATS)
     import_modules(imports)
+    chosen = read_audits(audits, audit_set)
     parts = read_split(data, forget, test, holdout, split_seed)
     network = Architecture(arch, read_settings(arch_set), classes, task, read_settings(task_set))
     before = network.load(original, parts) if original is not None else None
     judged = network.load(unlearned, parts)
     controls = [network.load(path, parts) for path in retrained]
     from palimpsest.audit import audit
+    from palimpsest.core.auditing import AUDITS
+    from palimpsest.core.unlearner import build
     from palimpsest.core.writing import check_writable
 
     if out is not None:
@@ -102,7 +107,8 @@ def command(
     say(parts.summary())
     report = audit(
         unlearned=judged, split=parts, task=network.domain(parts), original=before, retrained=controls,
-        audits=listed(audits) or None, runtime=read_runtime(seed, device, progress=True),
+        audits=[build("audit", AUDITS.get(item["name"]), item["name"], item["settings"]) for item in chosen] or None,
+        runtime=read_runtime(seed, device, progress=True),
         facts={"label": unlearned.stem, "data": data, "model": arch, "seed": seed},
     )  # fmt: skip
     if out is not None:
@@ -118,7 +124,31 @@ def _print(report: AuditReport) -> None:
     from rich.text import Text
 
     show(Text.assemble("verdict: ", (report.verdict.value, f"bold {COLOURS.get(report.verdict.value, '')}")))
-    show(*(Text(f"  {reason}") for reason in report.reasons), findings_table(report))
+    exposed = exposed_tables(report)
+    show(*(Text(f"  {reason}") for reason in report.reasons), findings_table(report), *exposed)
+
+
+def exposed_tables(report: AuditReport) -> list[Table]:
+    """The records that membership attacks are surest of, one table per attack."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = report.series.get("exposed", ())
+    tables: list[Table] = []
+    for attack in dict.fromkeys(str(row["attack"]) for row in rows):
+        table = Table(title=f"most exposed records ({attack})", title_justify="left")
+        for heading in ("", "record", "label", "score", "original", "retrained", "false alarms"):
+            table.add_column(heading, justify="left" if heading in ("record", "label") else "right")
+        for row in (row for row in rows if row["attack"] == attack):
+            numbers = (_number(row[key]) for key in ("score", "original", "control", "false_alarms"))
+            cells = (str(row["rank"]), str(row["id"]), str(row["label"]), *numbers)
+            table.add_row(*(Text(cell) for cell in cells))
+        tables.append(table)
+    return tables
+
+
+def _number(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else ""
 
 
 def findings_table(report: AuditReport) -> Table:

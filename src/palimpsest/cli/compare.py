@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palimpsest.cli.loading import import_modules, listed
-from palimpsest.cli.options import RULE, AsJson, Imports
+from palimpsest.cli.loading import import_modules, listed, read_audits
+from palimpsest.cli.options import RULE, AsJson, AuditSet, Imports
 from palimpsest.cli.output import emit, say, show
 
 if TYPE_CHECKING:
@@ -20,9 +20,13 @@ EXAMPLE = (
     "palimpsest compare --data digits --forget label=3 --methods ssd,scrub --seeds 3 --out runs/first\n\n"
     "palimpsest compare --forget label=3 --forget fraction=0.1 --methods ssd,salun --set methods.0.settings.alpha=30\n\n"
     "palimpsest compare --forget label=3 --forget label=5 --in-turn --methods scrub,ssd\n\n"
-    "palimpsest compare recipe.yaml --set forget.fraction=0.05"
+    "palimpsest compare recipe.yaml --set forget.fraction=0.05\n\n"
+    "palimpsest compare --forget fraction=0.1 --methods ssd --audits utility,shadow-membership "
+    "--audit-set shadow-membership.runs=64"
 )
 ALL_FAILED = 3
+SHOWN = 5
+"""Most exposed records that are named in the terminal."""
 
 
 def command(
@@ -55,6 +59,7 @@ def command(
         str | None,
         typer.Option(metavar="A,B,...", help="Audits to run; by default all without shadow models."),
     ] = None,
+    audit_set: AuditSet = [],  # noqa: B006
     controls: Annotated[
         int | None, typer.Option(help="Retrained models per request that all is judged by.")
     ] = None,
@@ -116,7 +121,7 @@ def command(
         "training.epochs": epochs,
         "forget": forget or None,
         "methods": listed(methods) or None,
-        "audits": listed(audits) or None,
+        "audits": read_audits(audits, audit_set) or None,
         "seeds": _seeds(seeds),
         "controls": controls,
         "in_turn": True if in_turn else None,
@@ -179,10 +184,26 @@ def _present(result: StudyResult, page: bool, as_json: bool) -> None:
     show(result.table())
     if in_turn(result):
         show(turns_table(result))
+    for line in _exposed(result):
+        say(line)
     for failure in result.failed:
         say(f"failed: {failure}")
     for what, place in written.items():
         say(f"{what}: {_near(place)}")
+
+
+def _exposed(result: StudyResult) -> list[str]:
+    """The records that membership attacks with shadow models are surest of, cell by cell."""
+    lines: list[str] = []
+    for report in result.reports:
+        rows = [row for row in report.series.get("exposed", ()) if row["rank"] in range(1, SHOWN + 1)]
+        for attack in dict.fromkeys(str(row["attack"]) for row in rows):
+            named = ", ".join(str(row["id"]) for row in rows if row["attack"] == attack)
+            about = (
+                f"{report.facts.get('label')}, {report.facts.get('request')}, seed {report.facts.get('seed')}"
+            )
+            lines.append(f"most exposed ({attack}; {about}): {named}")
+    return lines
 
 
 def _failure(cell: Any) -> dict[str, Any]:

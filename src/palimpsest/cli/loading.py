@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.core.errors import InvalidHyperparameter, InvalidLabels, InvalidRecords, PalimpsestError
+from palimpsest.core.errors import (
+    InvalidHyperparameter,
+    InvalidLabels,
+    InvalidRecords,
+    PalimpsestError,
+    UnknownName,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -147,6 +153,26 @@ def read_settings(pairs: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError as problem:
             raise InvalidHyperparameter(f"The value in '{pair}' is no valid YAML: {problem}") from problem
     return settings
+
+
+def read_audits(names: str | None, pairs: Iterable[str]) -> list[dict[str, Any]]:
+    """Audits by name with their settings, written "audit.key=value".
+
+    Raises:
+        UnknownName: For a setting of an audit that is not among the names; suggests the nearest.
+        InvalidHyperparameter: If a setting is written otherwise.
+    """
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in listed(names)}
+    for key, value in read_settings(pairs).items():
+        audit, dot, setting = key.partition(".")
+        if not dot or not setting:
+            raise InvalidHyperparameter(
+                f"The setting of an audit is written AUDIT.KEY=VALUE, not '{key}=...'."
+            )
+        if audit not in chosen:
+            raise UnknownName("audit in --audits", audit, chosen)
+        chosen[audit][setting] = value
+    return [{"name": name, "settings": settings} for name, settings in chosen.items()]
 
 
 def import_modules(names: Iterable[str]) -> None:

@@ -72,4 +72,12 @@ Imports = Annotated[
         help="Python module to import first, for the methods it registers; found in this folder too. Repeatable.",
     ),
 ]
+AuditSet = Annotated[
+    list[str],
+    typer.Option(
+        "--audit-set",
+        metavar="AUDIT.KEY=VALUE",
+        help="Setting of an audit that --audits names, such as shadow-membership.runs=64; repeatable.",
+    ),
+]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]

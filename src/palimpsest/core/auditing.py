@@ -54,6 +54,15 @@ class Audit(Protocol):
         ...
 
 
+@runtime_checkable
+class Checked(Audit, Protocol):
+    """An audit that can say before any work that it lacks something."""
+
+    def check(self, evidence: Evidence) -> None:
+        """Raise a `PalimpsestError` if it cannot be run."""
+        ...
+
+
 AUDITS: Registry[type[Audit]] = Registry("audit", "palimpsest.audit", "palimpsest.audits")
 """All audits by name. Third parties register through the entry-point group `palimpsest.audits`."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Observation, Task
+
+if TYPE_CHECKING:
+    from palimpsest.core.unlearner import Unlearner
 
 T = TypeVar("T")
 ORIGINAL, UNLEARNED = "original", "unlearned"
@@ -35,6 +39,8 @@ class Evidence:
         controls: Models retrained without the forget records, with different seeds.
         seconds: Time that the method took, and time of retraining, if known (`unlearned`, `retrained`).
         peak_bytes: Peak memory of the method, if known.
+        method: What made the unlearned model, if it is known; attacks on a method repeat it on shadow models.
+        folder: Where audits may keep what is dear to make (shadow models), shared by all audits of a study.
         limit: At most this many records of a part are looked at (a fixed random sample of larger ones).
     """
 
@@ -46,6 +52,8 @@ class Evidence:
     controls: Sequence[nn.Module] = ()
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     peak_bytes: int | None = None
+    method: Unlearner | None = None
+    folder: Path | None = None
     limit: int = 5000
     _observed: dict[tuple[str, str], Observation] = field(default_factory=dict[tuple[str, str], Observation])
     _parts: dict[str, Records] = field(default_factory=dict[str, Records])
@@ -140,7 +148,7 @@ class Evidence:
 
         Args:
             unlearned: The model to judge now.
-            **changes: Other fields to set (`seconds`, `peak_bytes`).
+            **changes: Other fields to set (`seconds`, `peak_bytes`, `method`).
         """
         kept = {key: value for key, value in self._observed.items() if key[0] != UNLEARNED}
         memory = {key: value for key, value in self._memory.items() if key[0] != UNLEARNED}

@@ -133,6 +133,8 @@ def _without(
     def of_their_classes(records: Records | None) -> Records | None:
         if records is None or not all(part.has_column("label") for part in (records, *kept)):
             return records
+        if records.column("label").dtype.kind == "f":  # targets of a regression
+            return records
         present = np.concatenate([part.column("label") for part in kept])
         return records.select(np.isin(records.column("label"), present))
 

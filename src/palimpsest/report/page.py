@@ -28,7 +28,7 @@ from palimpsest.report.inside import cka_chart, separation_chart
 from palimpsest.report.membership import confidence_chart, roc_chart
 from palimpsest.report.per_class import class_chart
 from palimpsest.report.style import colours
-from palimpsest.report.tables import finding_rows, headings, judgements
+from palimpsest.report.tables import exposed_tables, finding_rows, headings, judgements
 from palimpsest.report.trade_off import forgetting_chart, privacy_chart
 from palimpsest.report.turns import turns_chart
 
@@ -128,7 +128,7 @@ def html_report(reports: Sequence[AuditReport], title: str = "", failures: Seque
     return page.from_string(_asset("page.html")).render(
         title=title or _title(reports), facts=_facts(reports), requests=data["requests"], labels=labels,
         colours=data["colours"], headings=headings(reports), judged=judgements(reports), failures=failures,
-        panels=[panel for panel, _ in drawn], version=palimpsest.__version__,
+        exposed=exposed_tables(reports), panels=[panel for panel, _ in drawn], version=palimpsest.__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), not_run=_not_run(reports),
         style=_asset("page.css"), script=_asset("page.js"), bundle=_vega(),
         data=_in_script(json.dumps(data, separators=(",", ":"), default=str)),

@@ -90,6 +90,50 @@ def _value(report: AuditReport, name: str) -> float | None:
     return next((finding.value for finding in report.findings if finding.key == COLUMNS[name]), None)
 
 
+@dataclass(frozen=True)
+class ExposedRecord:
+    """A record of `Exposed`, with its scores as they are shown."""
+
+    rank: int
+    id: str
+    label: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """The records of one report that an attack is surest of.
+
+    Attributes:
+        request: In words.
+        label: The subject.
+        seed: Of the cell.
+        attack: By which they are ranked.
+        rows: Most exposed first.
+    """
+
+    request: str
+    label: str
+    seed: str
+    attack: str
+    rows: tuple[ExposedRecord, ...]
+
+
+def exposed_tables(reports: Sequence[AuditReport]) -> list[Exposed]:
+    """One table per report and attack."""
+    tables: list[Exposed] = []
+    for report in reports:
+        found: dict[str, list[ExposedRecord]] = {}
+        for row in report.series.get("exposed", ()):
+            numbers = (row[key] for key in ("score", "original", "control", "false_alarms"))
+            cells = tuple(f"{value:.3f}" if isinstance(value, float) else "" for value in numbers)
+            record = ExposedRecord(int(row["rank"] or 0), str(row["id"]), str(row["label"]), cells)
+            found.setdefault(str(row["attack"]), []).append(record)
+        about = request_of(report), label_of(report), str(report.facts.get("seed", ""))
+        tables += [Exposed(*about, attack, tuple(records)) for attack, records in found.items()]
+    return tables
+
+
 def finding_rows(reports: Sequence[AuditReport]) -> list[dict[str, Any]]:
     """Every finding of every subject, over seeds: what the page's table shows."""
     rows: list[dict[str, Any]] = []

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
-import signal
-import sys
-import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
 from palimpsest.core.errors import PalimpsestError
+from palimpsest.parts.processes import die_with
 from palimpsest.study.plan import Job
 from palimpsest.study.workshop import Done, Worker
 
-PR_SET_PDEATHSIG = 1
 TRIES = 2
 """A job whose worker was killed is tried once more: what was killed for memory may fit later."""
 READY = "ready"
@@ -177,7 +172,7 @@ def _next(waiting: deque[Job], affinity: str, others: set[str]) -> Job:
 
 def _serve(pipe: Connection, make: Callable[[], Callable[[Job], Done]], parent: int) -> None:
     """A worker's life: jobs in, results out, until the pipe ends."""
-    _die_with(parent)
+    die_with(parent)
     do = make()
     pipe.send(READY)
     while True:
@@ -186,20 +181,3 @@ def _serve(pipe: Connection, make: Callable[[], Callable[[Job], Done]], parent: 
         except EOFError:
             return
         pipe.send(do(job))
-
-
-def _die_with(parent: int) -> None:
-    """Let this worker end when the study's process does, even by SIGKILL."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study's process decides
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

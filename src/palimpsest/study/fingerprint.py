@@ -10,26 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import palimpsest
-from palimpsest.core.records import Records
+from palimpsest.parts.fingerprint import records_fingerprint
 
 OWN = palimpsest.__name__
-
-
-def data_fingerprint(records: Records) -> str:
-    """A hash of ids and columns, and of all values if the data lie in memory.
-
-    Of data that are read from disk record by record only ids and columns are hashed: reading everything
-    once more to hash it may take hours.
-    """
-    digest = hashlib.sha256("\0".join(records.ids).encode())
-    for name in records.columns:
-        column = records.column(name)
-        digest.update(f"{name}:{column.dtype}".encode())
-        digest.update("\0".join(map(str, column)).encode() if column.dtype == object else column.tobytes())
-    for name, tensor in (records.tensors or {}).items():
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:20]
+data_fingerprint = records_fingerprint
 
 
 def code_fingerprint(entry: Any) -> str:

@@ -19,6 +19,7 @@ RECIPE, DATABASE, ARTIFACTS, LOCK = "recipe.yaml", "study.sqlite", "artifacts", 
 FIXED = (
     "data",
     "model",
+    "task",
     "training",
     "split",
     "audits",

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -33,7 +34,7 @@ from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit, at_the_end, in_turn, split
 from palimpsest.core.task import Task
-from palimpsest.core.unlearner import build
+from palimpsest.core.unlearner import Unlearner, build
 from palimpsest.data import parse_data
 from palimpsest.forget import build_unlearner, forget, needs_met
 from palimpsest.parts.checkpoint import load_model, save_model
@@ -211,7 +212,9 @@ class Workshop:
             start = load(job.place, job.start, job.start_hash, self.network(0))
         unlearned, measured = self._unlearned(job, start)
         seconds = {**shared.seconds, "unlearned": measured.seconds}
-        evidence = shared.judging(unlearned, seconds=seconds, peak_bytes=measured.peak_bytes)
+        evidence = shared.judging(
+            unlearned, seconds=seconds, peak_bytes=measured.peak_bytes, method=self._method(job)
+        )
         report = audit_verb.examine(evidence, self._audits(), self._facts(job, measured))
         self._keep(evidence)
         sha256 = ""
@@ -224,12 +227,18 @@ class Workshop:
         """The cell's model, and what making it took: only the method is measured."""
         if job.method < 0 or job.review:
             return start, Measured()
-        method = methods_of(self.recipe)[job.method]
-        unlearner = build_unlearner(method.name, dict(method.settings))
+        unlearner = cast(Unlearner, self._method(job))
         runtime = self.runtime(job.seeds["unlearning"])
         with measuring(runtime.torch_device) as measured:
             unlearned = forget(start, self.splits[job.request], unlearner, self.task, runtime=runtime)
         return unlearned, measured
+
+    def _method(self, job: Job) -> Unlearner | None:
+        """The cell's method; None for the untouched original."""
+        if job.method < 0:
+            return None
+        method = methods_of(self.recipe)[job.method]
+        return build_unlearner(method.name, dict(method.settings))
 
     def _facts(self, job: Job, measured: Measured) -> dict[str, Any]:
         method = methods_of(self.recipe)[job.method] if job.method >= 0 else None
@@ -263,8 +272,16 @@ class Workshop:
             )
             seconds = {"retrained": job.retraining_seconds} if job.retraining_seconds else {}
             runtime = self.runtime(job.seeds["auditing"])
+            folder = None if "://" in job.place else Path(job.place)
             evidence = Evidence(
-                original, self.splits[job.request], self.task, runtime, original, controls, seconds
+                original,
+                self.splits[job.request],
+                self.task,
+                runtime,
+                original,
+                controls,
+                seconds,
+                folder=folder,
             )
             self._evidence = (key, evidence)
         return self._evidence[1]

@@ -36,10 +36,14 @@ def forgetting_score(unlearned: Confidences, retrained: Confidences, delta: floa
         retrained: The same under as many retrained models.
         delta: Of differential privacy.
     """
-    epsilons = record_epsilons(unlearned, retrained, delta)
-    buckets = math.floor(math.ceil(math.log(len(unlearned) - 1)) / BUCKET)
+    return float(score_of(record_epsilons(unlearned, retrained, delta), len(unlearned)).mean())
+
+
+def score_of(epsilons: Float[np.ndarray, " records"], models: int) -> Float[np.ndarray, " records"]:
+    """What each record adds to the forgetting score, given the number of models a side."""
+    buckets = math.floor(math.ceil(math.log(models - 1)) / BUCKET)
     index = np.floor(epsilons / BUCKET)
-    return float(np.where(index < buckets, 0.5**index, 0.0).mean())
+    return np.where(index < buckets, 0.5**index, 0.0)
 
 
 def challenge_score(

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from scipy import stats
 
-from palimpsest.audit.membership.rates import STABLE, Scores, range_error, resolvable, tpr_at
+from palimpsest.audit.membership.rates import STABLE, Scores, accuracy_at, range_error, resolvable, tpr_at
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED
 from palimpsest.core.finding import Finding, Judgement
 from palimpsest.core.intervals import auc, auc_interval, clopper_pearson
-from palimpsest.core.scale import judged, lowest_expected
+from palimpsest.core.scale import deviation, judged, lowest_expected
 
 SEED_SPREAD = 0.02
 """Deviation of an AUC between retrainings of different seeds (digits, small CNN: 0.011 to 0.021)."""
@@ -114,6 +115,90 @@ def tpr_finding(audit: str, name: str, scores: ByRole, alpha: float) -> Finding:
     return judged(finding, sampling=sampling, floor=1 / len(members))
 
 
+def accuracy_finding(audit: str, name: str, scores: ByRole, threshold: float, note: str = "") -> Finding:
+    """Balanced accuracy of calling scores at or above a threshold member; the threshold comes from elsewhere."""
+    found = {role: accuracy_at(*sides, threshold) for role, sides in scores.items()}
+    value, low, high = found[UNLEARNED]
+    members, others = scores[UNLEARNED]
+    finding = Finding(
+        audit,
+        name,
+        value,
+        low,
+        high,
+        n=len(members) + len(others),
+        more_is="knowledge",
+        original=found[ORIGINAL][0] if ORIGINAL in found else None,
+        controls=tuple(found[role][0] for role in controls_of(list(scores))),
+        note=note,
+    )
+    return judged(finding, sampling=_accuracy_error(scores, threshold), prior=SEED_SPREAD)
+
+
+def gap_finding(audit: str, name: str, scores: ByRole, prior: float = SEED_SPREAD) -> Finding | None:
+    """AUC minus the mean AUC of the retrained models, all on the same records; None without one.
+
+    The interval holds both the error of finitely many records (paired) and what retrainings differ among
+    each other: 0 inside means that the model may be one of them.
+    """
+    controls = [auc(*scores[role]) for role in controls_of(list(scores))]
+    if not controls:
+        return None
+    center = float(np.mean(controls))
+    gap = {role: auc(*sides) - center for role, sides in scores.items()}
+    spread, freedom = deviation(controls, prior)
+    error = math.hypot(control_error(scores), spread * math.sqrt(1 + 1 / len(controls)))
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    value = gap[UNLEARNED]
+    apart = Judgement.SEPARATED if value > half else Judgement.BEYOND if value < -half else None
+    members, others = scores[UNLEARNED]
+    return Finding(
+        audit,
+        name,
+        value,
+        value - half,
+        value + half,
+        n=len(members) + len(others),
+        ideal=0.0,
+        original=gap.get(ORIGINAL),
+        judgement=apart or Judgement.AS_RETRAINED,
+        note="AUC minus the mean of the retrained models",
+    )
+
+
+def gain_finding(audit: str, name: str, scores: ByRole, plain: ByRole, note: str) -> Finding:
+    """AUC of an attack minus that of a plainer one on the same records, with its paired interval."""
+    value = {role: auc(*scores[role]) - auc(*plain[role]) for role in scores}
+    error = range_error(scores[UNLEARNED], [plain[UNLEARNED]])
+    members, others = scores[UNLEARNED]
+    return Finding(
+        audit,
+        name,
+        value[UNLEARNED],
+        value[UNLEARNED] - NORMAL * error,
+        value[UNLEARNED] + NORMAL * error,
+        n=len(members) + len(others),
+        original=value.get(ORIGINAL),
+        controls=tuple(value[role] for role in controls_of(list(scores))),
+        note=note,
+    )
+
+
+def as_harm(finding: Finding, scores: ByRole, note: str) -> Finding:
+    """A finding on records that were not to be forgotten: more leak than retraining leaves is harm."""
+    plain = replace(
+        finding,
+        more_is="harm",
+        k=None,
+        k_low=None,
+        k_high=None,
+        valid=None,
+        judgement=Judgement.INFORMATION,
+        note=note,
+    )
+    return judged_by_controls(plain, control_error(scores), above_original=True)
+
+
 def leak_finding(audit: str, name: str, scores: ByRole) -> Finding:
     """|AUC - 0.5|: how far members can be told apart in either direction, against the controls.
 
@@ -160,6 +245,19 @@ def control_error(scores: ByRole) -> float:
     """Paired standard error of AUC(unlearned) - mean AUC(controls); infinite without controls."""
     controls = controls_of(list(scores))
     return range_error(scores[UNLEARNED], [scores[role] for role in controls]) if controls else math.inf
+
+
+def _accuracy_error(scores: ByRole, threshold: float) -> float:
+    """Paired standard error of accuracy(original) - mean accuracy(controls)."""
+    controls = controls_of(list(scores))
+    if ORIGINAL not in scores or not controls:
+        return 0.0
+    variance = 0.0
+    for side in (0, 1):
+        called = {role: (sides[side] >= threshold).astype(float) for role, sides in scores.items()}
+        apart = called[ORIGINAL] - np.mean([called[role] for role in controls], axis=0)
+        variance += float(apart.var(ddof=1)) / len(apart) if len(apart) > 1 else math.inf
+    return math.sqrt(variance) / 2
 
 
 def _original_error(scores: ByRole) -> float:

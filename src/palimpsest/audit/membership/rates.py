@@ -15,7 +15,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from palimpsest.core.errors import InvalidAudit
-from palimpsest.core.intervals import auc
+from palimpsest.core.intervals import auc, clopper_pearson
 
 Scores = Float[np.ndarray, " records"]
 STABLE = 10.0
@@ -118,6 +118,30 @@ def best_accuracy(members: Scores, others: Scores) -> float:
     return float((1 + tpr - fpr).max() / 2)
 
 
+def accuracy_at(members: Scores, others: Scores, threshold: float) -> tuple[float, float, float]:
+    """Balanced accuracy of calling scores at or above a threshold member, with its 95 % interval.
+
+    The threshold must come from elsewhere. The interval joins the exact ones of the two rates (MOVER, Zou
+    and Donner 2008), so that it keeps its width where a rate is 0 or 1.
+
+    Returns:
+        (value, low, high).
+
+    Example:
+        >>> value, low, high = accuracy_at(np.array([2.0, 1.0]), np.array([0.0, -1.0]), 0.5)
+        >>> value, low < 0.7, high
+        (1.0, True, 1.0)
+    """
+    check_scores(members, others)
+    right = (int((members >= threshold).sum()), len(members)), (int((others < threshold).sum()), len(others))
+    rates = [hits / n for hits, n in right]
+    ends = [clopper_pearson(hits, n) for hits, n in right]
+    value = sum(rates) / 2
+    below = math.hypot(*(rate - low for rate, (low, _) in zip(rates, ends, strict=True))) / 2
+    above = math.hypot(*(high - rate for rate, (_, high) in zip(rates, ends, strict=True))) / 2
+    return value, max(0.0, value - below), min(1.0, value + above)
+
+
 def placements(members: Scores, others: Scores) -> tuple[Scores, Scores]:
     """For each member the share of non-members below it, for each non-member the share of members above it.
 
@@ -152,6 +176,7 @@ __all__ = [
     "STABLE",
     "Scores",
     "TruePositives",
+    "accuracy_at",
     "auc",
     "best_accuracy",
     "check_scores",

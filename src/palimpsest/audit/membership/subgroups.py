@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 
 from palimpsest.audit.membership.evidence_scores import same_draw, signals_of
 from palimpsest.audit.membership.findings import (
     ByRole,
+    as_harm,
     auc_finding,
-    control_error,
-    judged_by_controls,
 )
 from palimpsest.audit.membership.matching import Match, hardest, match
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
-from palimpsest.core.finding import Finding, Judgement, Row
+from palimpsest.core.finding import Finding, Row
 from palimpsest.core.intervals import auc, auc_interval
 from palimpsest.core.scale import judged
 
@@ -118,14 +116,5 @@ def retained(evidence: Evidence, attack: str) -> list[Finding]:
         for role in evidence.roles
     }
     finding = auc_finding("membership", f"retain_{attack}_auc", scores, "retained records as members")
-    harm = replace(
-        finding,
-        more_is="harm",
-        k=None,
-        k_low=None,
-        k_high=None,
-        valid=None,
-        judgement=Judgement.INFORMATION,
-        note=f"retained records as members: {len(pair.members)} against {len(pair.others)} held-out records",
-    )
-    return [judged_by_controls(harm, control_error(scores), above_original=True)]
+    note = f"retained records as members: {len(pair.members)} against {len(pair.others)} held-out records"
+    return [as_harm(finding, scores, note)]

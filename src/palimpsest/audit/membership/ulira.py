@@ -9,7 +9,9 @@ accuracy 0.5 is perfect unlearning.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -65,19 +67,61 @@ class GameResult:
     """How well the attacker did.
 
     Attributes:
-        accuracy: Balanced accuracy of calling records with a score above 0 forgotten.
-        auc: Area under the curve within runs.
-        tpr: True positive rate at a false positive rate of 1 %; None if a run has fewer than 100 records
-            that were never trained.
+        members: Scores of all records as forgotten ones; they count where `ins`.
+        others: As ones that were not; they count where `outs`.
+        ins: Which records a run forgot.
+        outs: Which records play the other side in a run.
     """
 
-    accuracy: Statistic
-    auc: Statistic
-    tpr: Statistic | None
+    members: Phi
+    others: Phi
+    ins: Memberships
+    outs: Memberships
+
+    @cached_property
+    def accuracy(self) -> Statistic:
+        """Balanced accuracy of calling records with a score above 0 forgotten."""
+        # The halves weigh the same, so that the mean over all is the balanced accuracy.
+        right = np.where(self.ins, (self.members > 0) / (2 * self.ins.mean()), 0.0)
+        return Statistic(right + np.where(self.outs, (self.others <= 0) / (2 * self.outs.mean()), 0.0))
+
+    @cached_property
+    def auc(self) -> Statistic:
+        """Area under the curve within runs."""
+        return _auc(self.members, self.others, self.ins, self.outs)
+
+    @property
+    def tpr(self) -> Statistic | None:
+        """`rate` at 1 %."""
+        return self.rate(ALPHA)
+
+    def rate(self, alpha: float) -> Statistic | None:
+        """True positive rate within runs at a false positive rate of at most alpha.
+
+        None if a run has fewer than 1/alpha records that were never trained.
+        """
+        if not resolvable(int(self.outs.sum(1).min()), alpha):
+            return None
+        hits = np.full(self.members.shape, np.nan)
+        for run, (mine, theirs) in enumerate(zip(self.ins, self.outs, strict=True)):
+            hits[run, mine] = tpr_at(self.members[run, mine], self.others[run, theirs], alpha).hit
+        return Statistic(hits)
+
+    @property
+    def margin(self) -> Float[np.ndarray, " records"]:
+        """How exposed each record is: its mean score when it was forgotten minus that when it was not."""
+        mine = np.where(self.ins, self.members, 0.0).sum(0) / self.ins.sum(0)
+        return mine - np.where(self.outs, self.others, 0.0).sum(0) / self.outs.sum(0)
 
 
-def play(phi: Phi, inside: Memberships, variance: Variance = "pooled") -> GameResult:
-    """Attack every run with the Gaussians of the other runs; its complementary run is left out as well.
+Attack = Callable[[Float[np.ndarray, " records"], Phi, Memberships], Float[np.ndarray, " records"]]
+"""From phi of a model, phi of other runs and their memberships to scores (high = forgotten)."""
+
+
+def play(
+    phi: Phi, inside: Memberships, variance: Variance = "pooled", attack: Attack | None = None
+) -> GameResult:
+    """Attack every run with what is known of the other runs; its complementary run is left out as well.
 
     Leaving out the pair keeps as many runs with as without each record, so that neither hypothesis is
     favoured by a better estimate.
@@ -86,12 +130,17 @@ def play(phi: Phi, inside: Memberships, variance: Variance = "pooled") -> GameRe
         phi: Logit-scaled confidence of each record under the model of each run.
         inside: Which records a run trained on (and then forgot), in complementary pairs.
         variance: See `lira.fit_gaussians`.
+        attack: Instead of the ratio of Gaussians.
     """
+
+    def gaussian(target: np.ndarray, shadows: Phi, known: Memberships) -> np.ndarray:
+        return lira_online(target[:, None], shadows[:, :, None], known, variance)
+
     scores = np.empty_like(phi)
     for run in range(len(phi)):
         rest = np.arange(len(phi)) // 2 != run // 2
-        scores[run] = lira_online(phi[run][:, None], phi[rest][:, :, None], inside[rest], variance)
-    return _result(scores, scores, inside, ~inside)
+        scores[run] = (attack or gaussian)(phi[run], phi[rest], inside[rest])
+    return GameResult(scores, scores, inside, ~inside)
 
 
 def play_against_retrained(
@@ -115,26 +164,12 @@ def play_against_retrained(
         never = fit_gaussians(retrained[rest][:, :, None], inside[rest], variance)
         scores[run] = log_ratio(phi[run][:, None], forgot, never)
         others[run] = log_ratio(retrained[run][:, None], forgot, never)
-    return _result(scores, others, inside, inside)
+    return GameResult(scores, others, inside, inside)
 
 
 def population_auc(phi: Phi, inside: Memberships) -> Statistic:
     """AUC of phi itself within runs: what an attack without shadow models sees."""
     return _auc(phi, phi, inside, ~inside)
-
-
-def _result(members: Phi, others: Phi, ins: Memberships, outs: Memberships) -> GameResult:
-    """Of scores [runs, records] of members where `ins`, and of non-members where `outs`."""
-    # The halves weigh the same, so that the mean over all is the balanced accuracy.
-    right = np.where(ins, (members > 0) / (2 * ins.mean()), 0.0)
-    right = right + np.where(outs, (others <= 0) / (2 * outs.mean()), 0.0)
-    tpr = None
-    if resolvable(int(outs.sum(1).min()), ALPHA):
-        hits = np.full(members.shape, np.nan)
-        for run, (mine, theirs) in enumerate(zip(ins, outs, strict=True)):
-            hits[run, mine] = tpr_at(members[run, mine], others[run, theirs], ALPHA).hit
-        tpr = Statistic(hits)
-    return GameResult(Statistic(right), _auc(members, others, ins, outs), tpr)
 
 
 def _auc(members: Phi, others: Phi, ins: Memberships, outs: Memberships) -> Statistic:
