@@ -19,8 +19,8 @@ def forgetting_rate(
     """Share of the forget records that an attack made for the original model calls non-members.
 
     A linear support vector machine on standardised probabilities is fitted on the original model's outputs
-    for the class's training records (members) and test records (non-members), and asked about the unlearned
-    model's outputs for the same training records ("Class Machine Unlearning for Complex Data via Concepts
+    for the class's training records (members) and test records (non-members), as many of either, and asked
+    about the unlearned model's outputs for the same training records ("Class Machine Unlearning for Complex Data via Concepts
     Inference and Data Poisoning", arXiv 2405.15662). Never read it alone: the machine is carried over to
     outputs that it was not made for, and may call a member what the model no longer knows at all.
 
@@ -28,7 +28,7 @@ def forgetting_rate(
         original_members: Probabilities of the original on training records of the class.
         original_nonmembers: On test records of the class.
         unlearned_members: Probabilities of the unlearned model on the training records.
-        seed: Of the machine.
+        seed: Of the draw from the larger side.
 
     Raises:
         InvalidAudit: If one of the three is empty.
@@ -39,7 +39,12 @@ def forgetting_rate(
 
     if min(map(len, (original_members, original_nonmembers, unlearned_members))) == 0:
         raise InvalidAudit("The forgetting rate needs training and test records of the forgotten class.")
-    x = np.concatenate([original_members, original_nonmembers])
-    y = np.repeat([1, 0], [len(original_members), len(original_nonmembers)])
-    machine = make_pipeline(StandardScaler(), SVC(kernel="linear", C=1.0, random_state=seed)).fit(x, y)
+    size = min(len(original_members), len(original_nonmembers))
+    random = np.random.RandomState(seed)  # the published stream
+    sides = [
+        side if len(side) == size else side[random.choice(len(side), size, replace=False)]
+        for side in (original_members, original_nonmembers)
+    ]
+    machine = make_pipeline(StandardScaler(), SVC(kernel="linear", C=1.0))
+    machine.fit(np.concatenate(sides), np.repeat([1, 0], size))
     return float((machine.predict(unlearned_members) == 0).mean())
