@@ -12,22 +12,23 @@ from palimpsest.data.registry import dataset
 
 SIDE, SHAPE = 16, 5
 """Pixels on a side of an image, and of a shape."""
-SHAPES = ("stripe", "disc", "corner", "cross")
-CLASSES = (("disc", "stripe"), ("stripe",), ("corner",), ("cross",))
-"""Shapes of each class. Class 1 is what class 0 is without its disc: the donor that shares its stripe."""
+SHAPES = ("stripe", "disc", "plus", "cross", "bars", "ring")
+CLASSES = (("disc", "stripe"), ("stripe",), ("plus",), ("cross",))
+"""Shapes of each class. Class 1 is what class 0 is without its disc: the donor that shares its stripe. Bars and
+rings belong to no class."""
 
 
 @dataset("planted-shapes")
-def planted_shapes(n: int = 1200, noise: float = 0.15, stray: float = 0.1, seed: int = 0) -> Records:
+def planted_shapes(n: int = 1200, noise: float = 0.15, stray: float = 0.3, seed: int = 0) -> Records:
     """Gray images, input [1, 16, 16], label 0 to 3, a truth column per shape and "<shape>-place" [2].
 
-    Every image has the shapes of its class and, with the chance `stray`, one shape of another class, so
-    that no shape is a class label, each at its own corner or middle, moved by up to one pixel.
+    Every image has the shapes of its class and, with the chance `stray`, one other shape, so that no shape
+    is a class label, each in its own cell of a three by three grid, moved by up to one pixel.
 
     Args:
         n: Number of images.
         noise: Standard deviation of the background.
-        stray: Chance of a shape that does not belong to the class.
+        stray: Chance of one shape that does not belong to the class.
         seed: Of everything.
     """
     if n < len(CLASSES) or noise < 0 or not 0 <= stray <= 1:
@@ -63,7 +64,9 @@ def _drawn(name: str) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     shapes = {
         "stripe": y % 2 == 0,
         "disc": x**2 + y**2 <= 5,
-        "corner": (x == -2) | (y == -2),
-        "cross": (np.abs(x) == np.abs(y)),
+        "plus": (x == 0) | (y == 0),
+        "cross": np.abs(x) == np.abs(y),
+        "bars": x % 2 == 0,
+        "ring": (x**2 + y**2 >= 4) & (x**2 + y**2 <= 5),
     }
     return shapes[name].astype(float)

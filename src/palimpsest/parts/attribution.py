@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from palimpsest.core.errors import InvalidHyperparameter, MissingDependency, ModelMismatch
+from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords, MissingDependency, ModelMismatch
 
 Quadrature = Literal["published", "gausslegendre", "riemann_trapezoid", "riemann_middle"]
 Score = Callable[..., Float[Tensor, " batch"]]
@@ -175,3 +175,49 @@ def answer_score(
         )
     steps = logits[:, positions - 1].log_softmax(-1)
     return steps.gather(2, ids[:, positions, None])[..., 0].sum(1)
+
+
+def rank_tokens(
+    ids: Int[Tensor, "batch tokens"],
+    values: Float[Tensor, "batch tokens"],
+    vocabulary: int,
+    ignored: Sequence[int] = (),
+) -> Int[Tensor, " ranked"]:
+    """Token ids by falling sum of their shares of each text's positive attribution; only those above 0.
+
+    Raises:
+        InvalidRecords: If none is left.
+    """
+    positive = values.clamp(min=0)
+    shares = positive / positive.sum(1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    totals = values.new_zeros(vocabulary).index_add_(0, ids.flatten(), shares.flatten())
+    totals[list(ignored)] = 0
+    order = totals.argsort(descending=True, stable=True)
+    ranked = order[totals[order] > 0]
+    if not len(ranked):
+        raise InvalidRecords("No token is left to rank: all that add to the class are to be ignored.")
+    return ranked
+
+
+def mask_tokens(
+    ids: Int[Tensor, "batch tokens"], ranked: Int[Tensor, " ranked"], k: int, mask: int
+) -> Int[Tensor, "batch tokens"]:
+    """Texts in which every occurrence of the first k ranked tokens that a text holds is masked."""
+    held = (ids[:, :, None] == ranked).any(1)
+    chosen = held & (held.cumsum(1) <= k)
+    return ids.masked_fill(((ids[:, :, None] == ranked) & chosen[:, None]).any(2), mask)
+
+
+def class_activation_maps(
+    logits: Callable[[Tensor], Tensor], layer: nn.Module, images: Tensor, label: int
+) -> Float[Tensor, "batch rows columns 1"]:
+    """Grad-CAM of a class at a convolution, by captum.
+
+    Raises:
+        MissingDependency: If captum is not installed.
+        ModelMismatch: If the layer's output is no feature map.
+    """
+    maps = captum_attr().LayerGradCam(logits, layer).attribute(images, label, relu_attributions=True)
+    if maps.dim() != 4:
+        raise ModelMismatch(f"Grad-CAM needs a layer with feature maps; its output is {tuple(maps.shape)}.")
+    return maps.detach().movedim(1, -1)

@@ -128,3 +128,20 @@ def similarity_maps(
     if view == "alone":
         cosines[(shown == background).flatten(1).all(1)] = -torch.inf
     return cosines.reshape(batch, rows, columns, -1)
+
+
+def shrunk(
+    images: Float[Tensor, "batch channels height width"], size: Size
+) -> Float[Tensor, "batch channels rows columns"]:
+    """Whole images, smaller."""
+    check_window(size, (images.shape[2], images.shape[3]))
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def places_at_random(
+    count: int, size: Size, plane: Size, generator: torch.Generator
+) -> Int[Tensor, "count 2"]:
+    """Middles (x, y) of windows that lie inside a plane, every place equally likely."""
+    left = torch.randint(plane[1] - size[1] + 1, (count,), generator=generator)
+    top = torch.randint(plane[0] - size[0] + 1, (count,), generator=generator)
+    return torch.stack([left + size[1] // 2, top + size[0] // 2], 1)
