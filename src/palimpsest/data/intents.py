@@ -48,7 +48,9 @@ def intents(length: int = LENGTH) -> Records:
     ids = torch.from_numpy(np.stack([encode(text, length) for _, text in spoken]))
     labels = torch.tensor([list(texts).index(intent) for intent, _ in spoken])
     held = [set(words_of(text)) for _, text in spoken]
-    shown = {name: [not held_.isdisjoint(words.split()) for held_ in held] for name, words in CONCEPTS.items()}
+    shown = {
+        name: [not held_.isdisjoint(words.split()) for held_ in held] for name, words in CONCEPTS.items()
+    }
     return Records(
         TensorDataset(ids, labels),
         ids=[f"{intent}-{number % 100:02d}" for number, (intent, _) in enumerate(spoken)],

@@ -32,7 +32,9 @@ def planted_shapes(n: int = 1200, noise: float = 0.15, stray: float = 0.3, seed:
         seed: Of everything.
     """
     if n < len(CLASSES) or noise < 0 or not 0 <= stray <= 1:
-        raise InvalidHyperparameter(f"n must be 4 or more, noise 0 or more, stray a chance: {n}, {noise}, {stray}.")
+        raise InvalidHyperparameter(
+            f"n must be 4 or more, noise 0 or more, stray a chance: {n}, {noise}, {stray}."
+        )
     random = np.random.default_rng(seed)
     images = random.normal(0.0, noise, (n, SIDE, SIDE))
     labels = np.arange(n) % len(CLASSES)

@@ -9,14 +9,13 @@ from collections.abc import Collection, Iterable, Sequence
 
 from palimpsest.core.errors import InvalidRecords
 
-STOP_WORDS = frozenset(
-    """
+_SILENT = """
     a an the this that these those some most and or not no yes also as at by for from in of on to with
     he she it her his their who what which where when how
     is are was were be been being has have had do does did can could may might shall should will would
     author authors book books work works write writes written known include includes including
-    """.split()
-)
+"""
+STOP_WORDS = frozenset(_SILENT.split())
 """Words that say nothing of whom an answer is about; with those that every answer about an author has."""
 WORD_START = "\u2581\u0120"
 """Signs with which tokenisers open a new word."""

@@ -79,7 +79,7 @@ def integrated_gradients(
 
 
 def captum_attr() -> Any:
-    """captum's module of attribution methods.
+    """The module of attribution methods of captum.
 
     Raises:
         MissingDependency: If captum is not installed.

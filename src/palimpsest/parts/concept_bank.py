@@ -57,7 +57,7 @@ class ConceptBank:
             raise InvalidRecords("The concept bank is empty: give examples of at least one concept.")
         if len(set(self.names)) != count:
             raise InvalidRecords(f"Names of concepts must be unique: {', '.join(sorted(self.names))}.")
-        if self.vectors.shape[:1] != (count,) or self.intercepts.shape != (count,) != self.norms.shape:
+        if {self.vectors.shape[:1], self.intercepts.shape, self.norms.shape} != {(count,)}:
             raise InvalidRecords(f"{count} concepts need as many vectors, intercepts and norms.")
         for name, vector, norm in zip(self.names, self.vectors, self.norms, strict=True):
             if not torch.isfinite(vector).all() or not float(norm) > 0 or not float(vector.norm()) > 0:

@@ -27,9 +27,7 @@ class Grid:
     size: Size
     stride: Size
 
-    def centers(
-        self, rows: Int[Tensor, " batch"], columns: Int[Tensor, " batch"]
-    ) -> Int[Tensor, "batch 2"]:
+    def centers(self, rows: Int[Tensor, " batch"], columns: Int[Tensor, " batch"]) -> Int[Tensor, "batch 2"]:
         """Middle (x, y) of windows in pixels."""
         x = columns * self.stride[1] + self.size[1] // 2
         return torch.stack([x, rows * self.stride[0] + self.size[0] // 2], 1)

@@ -103,7 +103,10 @@ def _donor(inputs: Data, params: Data) -> Data:
 
 def _merge(inputs: Data, _: Data) -> Data:
     words = merge_words(inputs["tokens"], inputs["scores"])
-    return {"words": [list(word) for word in words], "normalized": [normalize_word(word) for word, _ in words]}
+    return {
+        "words": [list(word) for word in words],
+        "normalized": [normalize_word(word) for word, _ in words],
+    }
 
 
 def _mask(inputs: Data, params: Data) -> Data:

@@ -17,7 +17,16 @@ from palimpsest.core.task import Task
 from palimpsest.parts.attribution import class_activation_maps, mask_tokens, rank_tokens, token_attribution
 from palimpsest.parts.concept_bottleneck import ConceptBottleneck, Donor
 from palimpsest.parts.windows import (
-    Grid, Size, as_planes, check_window, cut, paste, peaks, places_at_random, shrunk, similarity_maps,
+    Grid,
+    Size,
+    as_planes,
+    check_window,
+    cut,
+    paste,
+    peaks,
+    places_at_random,
+    shrunk,
+    similarity_maps,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -27,8 +36,6 @@ Place = Literal["localized", "center", "random", "full", "masked", "none"]
 Locate = Literal["concept", "bottleneck", "grad-cam"]
 SHARE: dict[str, float] = {"center": 96 / 64, "random": 96 / 64}
 """How much larger than a localised patch the others are, as published."""
-FULL = 160 / 224
-"""Side of a whole shrunk donor image, as a share of the target's."""
 CHUNK = 256
 """Inputs that are embedded at once."""
 
@@ -87,13 +94,14 @@ def is_text(inputs: Tensor) -> bool:
     return inputs.dim() == 2 and not inputs.is_floating_point()
 
 
-def check_place(place: Place, patch: float, inputs: Tensor) -> None:
+def check_place(method: ConceptPoisoning, inputs: Tensor) -> None:
     """Check that inputs can be poisoned in this way.
 
     Raises:
         ModelMismatch: If they are neither images nor token ids, or no token ids where words are masked.
         InvalidHyperparameter: If the patch is larger than the input.
     """
+    place = method.poison
     if place == "none":
         return
     if place == "masked" and not is_text(inputs):
@@ -104,18 +112,18 @@ def check_place(place: Place, patch: float, inputs: Tensor) -> None:
             f"inputs of shape {tuple(inputs.shape)}; poison='none' takes any."
         )
     if place != "masked":
-        check_window(patch_size(place, patch, as_planes(inputs)), _plane(as_planes(inputs)))
+        check_window(patch_size(method, place, as_planes(inputs)), _plane(as_planes(inputs)))
 
 
-def patch_size(place: Place, patch: float, planes: Tensor) -> Size:
+def patch_size(method: ConceptPoisoning, place: Place, planes: Tensor) -> Size:
     """Height and width of what is pasted."""
     height, width = _plane(planes)
+    share = method.patch * SHARE.get(place, 1.0)
     if height == 1:
-        share = 1.0 if place == "full" else patch * SHARE.get(place, 1.0)
-        return 1, max(1, round(share * width))
+        return 1, max(1, round((1.0 if place == "full" else share) * width))
     if place == "full":
-        return max(1, round(FULL * height)), max(1, round(FULL * width))
-    side = max(1, round(patch * SHARE.get(place, 1.0) * min(height, width)))
+        return max(1, round(method.whole * height)), max(1, round(method.whole * width))
+    side = max(1, round(share * min(height, width)))
     return side, side
 
 
@@ -137,7 +145,7 @@ def patched(
     single, which = torch.unique(drawn, return_inverse=True)
     donors = as_planes(inputs_and_labels(retain.select(single.numpy()), embed.task, runtime)[0][which])
     targets = as_planes(inputs)
-    size, plane = patch_size(method.poison, method.patch, targets), _plane(targets)
+    size, plane = patch_size(method, method.poison, targets), _plane(targets)
     middle = torch.tensor([plane[1] // 2, plane[0] // 2]).expand(len(targets), 2)
     if method.poison == "full":
         result = paste(targets, donors if plane[0] == 1 else shrunk(donors, size), middle)
@@ -177,10 +185,8 @@ def located(
         return peaks(maps, Grid(step, step))[0]
     assert bottleneck is not None and concept is not None
     directions = bottleneck.bank.directions
-    chosen = (
-        bottleneck.weight[label] @ directions if method.locate == "bottleneck" else directions[concept]
-    )
-    size = patch_size("localized", method.patch, planes)
+    chosen = bottleneck.weight[label] @ directions if method.locate == "bottleneck" else directions[concept]
+    size = patch_size(method, "localized", planes)
     step = method.stride or max(1, max(size) // 4)
     maps = similarity_maps(
         planes,

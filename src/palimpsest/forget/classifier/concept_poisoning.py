@@ -21,7 +21,13 @@ from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.forget.classifier._concept_patches import (
-    Embed, Locate, Place, check_place, inputs_and_labels, masked_texts, patched,
+    Embed,
+    Locate,
+    Place,
+    check_place,
+    inputs_and_labels,
+    masked_texts,
+    patched,
 )  # fmt: skip
 from palimpsest.parts.activations import head_name
 from palimpsest.parts.attribution import Quadrature
@@ -99,6 +105,8 @@ class ConceptPoisoning:
         locate: What shows a place: "concept" (likeness to the one concept), "bottleneck" (to all that the
             class lives on, weighted), or "grad-cam" (needs captum and a convolution; images only).
         patch: Side of the patch, as a share of the shorter side; published 64 of 224.
+        whole: Side of the whole donor image in "full", as a share of the side; published 160 of 224. Texts
+            are replaced as a whole.
         stride: Steps between windows; by default a quarter of the patch, as published.
         view: "alone" or "enlarged", see `similarity_maps`; texts are always "alone".
         top: Number of concepts of the class that are covered, one after the other; beyond 5 it fails.
@@ -127,6 +135,7 @@ class ConceptPoisoning:
     rule: Rule = "confusion"
     locate: Locate = "concept"
     patch: float = 64 / 224
+    whole: float = 160 / 224
     stride: int | None = None
     view: Literal["alone", "enlarged"] = "alone"
     top: int = 1
@@ -156,7 +165,8 @@ class ConceptPoisoning:
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise InvalidHyperparameter(f"{name} must be one of {known}, not {getattr(self, name)!r}.")
-        check_range("patch", self.patch, 0, 1, open_low=True)
+        for name in ("patch", "whole"):
+            check_range(name, getattr(self, name), 0, 1, open_low=True)
         check_range("sparsity", self.sparsity, 0, float("inf"), open_low=True)
         for name, low in (("top", 1), ("masked_words", 1), ("attribution_steps", 2)):
             check_range(name, getattr(self, name), low, float("inf"))
@@ -204,7 +214,7 @@ class ConceptPoisoning:
         if split.retain is None:
             raise MissingNeed("Concept poisoning needs the retained records.")
         inputs, true = inputs_and_labels(split.forget, task, runtime)
-        check_place(self.poison, self.patch, inputs)
+        check_place(self, inputs)
         model.eval()
         embed = Embed(model, task, self.embedder)
         bottleneck = self._bottleneck(embed, split, task, runtime)
@@ -327,7 +337,10 @@ class Poisoned:
         """A batch with the poisoned copies in place of the records to be forgotten."""
         rows = torch.tensor([self.rows.get(name, 0) for name in batch["id"]])
         swapped = dict(batch)
-        fields = ((getattr(task, "input", "input"), self.inputs), (getattr(task, "label", "label"), self.labels))
+        fields = (
+            (getattr(task, "input", "input"), self.inputs),
+            (getattr(task, "label", "label"), self.labels),
+        )
         for name, new in fields:
             old = batch[name]
             mask = gone.reshape(-1, *[1] * (old.dim() - 1))
