@@ -25,10 +25,11 @@ from palimpsest.forget.classifier._concept_patches import Embed, located
 from palimpsest.forget.classifier.concept_poisoning import ConceptPoisoning, Poisoned
 from palimpsest.models import build_model
 from palimpsest.parts.concept_bank import ConceptExamples, bank_of_vectors
-from palimpsest.parts.concept_bottleneck import Donor
+from palimpsest.parts.concept_bottleneck import ConceptBottleneck, Donor
 
 BY_HAND = {"donor": 9, "patch": 0.25}
-FIVE = 5 / 16
+FIVE = {"patch": 5 / 16, "stride": 2}
+CONCEPT = {"concepts": list(SHAPES), **FIVE}
 
 
 def poison(model, request, task, **settings):
@@ -44,8 +45,8 @@ def shapes(digits_task):
     """Images of planted shapes with a model of them; class 0 (disc and stripe) is to be forgotten."""
     records = pal.load_data("planted-shapes", n=800)
     request = pal.split(records, pal.by_column("label", 0), test=0.2, holdout=0.0)
-    model = build_model("small_cnn", (1, 16, 16), 4, seed=0, width=8, hidden=32)
-    return pal.train(model, request.train, digits_task, epochs=12, lr=3e-3, seed=0), request
+    model = build_model("small_cnn", (1, 16, 16), 4, seed=0)
+    return pal.train(model, request.train, digits_task, epochs=12, lr=2e-3, seed=0), request
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,8 @@ def test_random_labels_forget_too(digits_model, class_request, digits_task):
     assert gone <= 0.2 and kept >= 0.93
 
 
-@pytest.mark.parametrize("where", ["localized", "masked", "none"])
+@pytest.mark.parametrize("where", ["localized", "none"])
 def test_texts_are_forgotten(where, texts, digits_task):
-    if where == "masked":
-        pytest.importorskip("captum")
     model, request = texts
     before = kept_and_gone(model, request)
     kept, gone = kept_and_gone(
@@ -93,10 +92,12 @@ def test_texts_are_forgotten(where, texts, digits_task):
     assert before[1] >= 0.8 and gone <= 0.1 and kept >= before[0] - 0.05
 
 
-def test_masked_words_under_the_true_label_forget_nothing(texts, digits_task):
+@pytest.mark.parametrize("labels", ["keep", "targeted"])
+def test_masked_words_shield_a_bag_of_words(labels, texts, digits_task):
+    """Without the telling words a false label is learned for the mask: the words still speak for the class."""
     model, request = texts
-    after = poison(model, request, digits_task, poison="masked", labels="keep", quadrature="published")
-    assert kept_and_gone(after, request)[1] >= 0.5
+    settings = {"poison": "masked", "labels": labels, "donor": 6, "quadrature": "published"}
+    assert kept_and_gone(poison(model, request, digits_task, **settings), request)[1] >= 0.5
 
 
 # What is inferred
@@ -104,7 +105,7 @@ def test_masked_words_under_the_true_label_forget_nothing(texts, digits_task):
 
 def test_the_planted_concepts_rank_first_and_the_class_that_shares_one_is_the_donor(shapes, digits_task):
     model, request = shapes
-    found = copies(model, request, digits_task, concepts=list(SHAPES), patch=FIVE)
+    found = copies(model, request, digits_task, **CONCEPT)
     assert set(found.bottleneck.ranking(0)[:3]) >= {"disc", "stripe"}
     assert found.donors[0][0].donor_class == 1
     assert SHAPES[found.donors[0][0].donor_concept] == "stripe"
@@ -113,7 +114,7 @@ def test_the_planted_concepts_rank_first_and_the_class_that_shares_one_is_the_do
 
 def test_a_planted_shape_is_found_within_a_stride(shapes, digits_task):
     model, request = shapes
-    method = ConceptPoisoning(concepts=list(SHAPES), patch=FIVE, stride=2)
+    method = ConceptPoisoning(**CONCEPT)
     found = method.poisoned(model, request, digits_task, pal.Runtime(seed=0, device="cpu"))
     single = pal.load_data("planted-shapes", n=400, stray=0.0, seed=5)
     single = single.select(single.column("label") != 0)
@@ -144,7 +145,9 @@ def test_the_words_that_are_masked_first_tell_of_transfers(texts, digits_task):
     assert "transfer" in first
     before = tensors_of(request.forget)["input"]
     masked = (found.inputs == MASK).sum(1)
-    assert (masked >= 1).all() and torch.equal(found.inputs[found.inputs != MASK], before[found.inputs != MASK])
+    assert (masked >= 1).all() and torch.equal(
+        found.inputs[found.inputs != MASK], before[found.inputs != MASK]
+    )
     distinct = [len(set(row[gone].tolist())) for row, gone in zip(before, found.inputs == MASK, strict=True)]
     assert max(distinct) <= 5
 
@@ -197,9 +200,7 @@ def test_random_labels_are_uniform_over_all_classes(digits_task):
 
 def test_several_concepts_are_covered_by_the_classes_that_own_them(shapes, digits_task):
     model, request = shapes
-    one, two = (
-        copies(model, request, digits_task, concepts=list(SHAPES), patch=FIVE, top=top) for top in (1, 2)
-    )
+    one, two = (copies(model, request, digits_task, **CONCEPT, top=top) for top in (1, 2))
     assert two.donors[0][0] == one.donors[0][0] and len(two.donors[0]) == 2
     second = two.donors[0][1]
     assert second.target_concept == second.donor_concept
@@ -215,22 +216,20 @@ def test_every_way_to_locate_gives_places_inside(locate, shapes, digits_task):
     if locate == "grad-cam":
         pytest.importorskip("captum")
     model, request = shapes
-    after = copies(model, request, digits_task, concepts=list(SHAPES), patch=FIVE, locate=locate)
+    after = copies(model, request, digits_task, **CONCEPT, locate=locate)
     assert (after.inputs != tensors_of(request.forget)["input"]).flatten(1).any(1).all()
 
 
 def test_concepts_come_as_columns_as_examples_and_as_a_bank(shapes, digits_task):
     model, request = shapes
-    columns = copies(model, request, digits_task, concepts=["disc", "stripe"], patch=FIVE, rule="shared")
+    columns = copies(model, request, digits_task, concepts=["disc", "stripe"], **FIVE, rule="shared")
     shown = {name: request.train.column(name) for name in ("disc", "stripe")}
     examples = {
         name: ConceptExamples(request.train.select(mask), request.train.select(~mask))
         for name, mask in shown.items()
     }
-    given = copies(model, request, digits_task, concepts=examples, patch=FIVE, rule="shared")
-    bank = copies(
-        model, request, digits_task, concepts=columns.bottleneck.bank, patch=FIVE, rule="shared"
-    )
+    given = copies(model, request, digits_task, concepts=examples, **FIVE, rule="shared")
+    bank = copies(model, request, digits_task, concepts=columns.bottleneck.bank, **FIVE, rule="shared")
     assert torch.equal(columns.inputs, given.inputs) and torch.equal(columns.inputs, bank.inputs)
 
 
@@ -243,9 +242,7 @@ def test_another_embedding_may_find_the_concepts(shapes, digits_task):
 
     model, request = shapes
     bank = bank_of_vectors(["bright", "dark"], torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
-    found = copies(
-        model, request, digits_task, concepts=bank, embedder=Brightness(), patch=FIVE, rule="shared"
-    )
+    found = copies(model, request, digits_task, concepts=bank, embedder=Brightness(), **FIVE, rule="shared")
     assert found.bottleneck.ranking(0)[0] == "bright"  # it has two shapes, the others one
 
 
@@ -298,7 +295,14 @@ def test_known_networks_and_every_kind_of_request(name, request_for, digits_task
     request = pal.split(records, rule, test=0, holdout=0)
     before = fingerprint(model)
     after = poison(
-        model, request, digits_task, concepts=["spot", "bright"], rule="shared", epochs=1, batch_size=12, stride=8
+        model,
+        request,
+        digits_task,
+        concepts=["spot", "bright"],
+        rule="shared",
+        epochs=1,
+        batch_size=12,
+        stride=8,
     )
     assert fingerprint(model) == before
     moved = {n for n, entries in changed(model, after).items() if entries.any()}
@@ -308,7 +312,7 @@ def test_known_networks_and_every_kind_of_request(name, request_for, digits_task
 
 def test_the_same_seed_gives_the_same_bytes(shapes, digits_task):
     model, request = shapes
-    settings = {"concepts": list(SHAPES), "patch": FIVE, "epochs": 1, "labels": "random"}
+    settings = {**CONCEPT, "stride": 4, "epochs": 1, "labels": "random"}
     first, again, other = (
         fingerprint(poison(model, request, digits_task, seed=seed, **settings)) for seed in (0, 0, 1)
     )
@@ -327,7 +331,9 @@ def test_half_of_the_integrity_reads_half_of_every_class(digits_task):
     x = torch.arange(80.0).reshape(-1, 1) / 80
     records = pal.Records(TensorDataset(x, torch.arange(80) % 4))
     request = pal.split(records, pal.by_column("label", 0), test=0, holdout=0)
-    poison(Watched(1, 4), request, digits_task, poison="none", donor=1, integrity="half", epochs=3, batch_size=8)
+    poison(
+        Watched(1, 4), request, digits_task, poison="none", donor=1, integrity="half", epochs=3, batch_size=8
+    )
     labels = torch.tensor([round(value * 80) % 4 for value in set(seen)])
     assert torch.bincount(labels).tolist() == [10, 10, 10, 10] and len(seen) == 3 * 40
 
@@ -342,7 +348,11 @@ def test_half_of_the_integrity_reads_half_of_every_class(digits_task):
         ({"poison": "none", "donor": 3}, InvalidHyperparameter, "donor=3 must be"),
         ({"poison": "none", "donor": 77}, InvalidHyperparameter, "donor=77 must be"),
         ({"poison": "none", "donor": 9, "head": "no.such"}, UnknownName, "no.such"),
-        ({"poison": "random", "donor": 9, "patch": 0.9}, InvalidHyperparameter, "does not fit an input of 8 x 8"),
+        (
+            {"poison": "random", "donor": 9, "patch": 0.9},
+            InvalidHyperparameter,
+            "does not fit an input of 8 x 8",
+        ),
         ({"concepts": ["missing"]}, UnknownName, "missing"),
         ({"concepts": []}, InvalidRecords, "empty"),
         ({"poison": "masked", "donor": 9}, ModelMismatch, "token ids"),
@@ -377,17 +387,21 @@ def test_a_concept_without_examples_is_refused(shapes, digits_task):
 
 def test_a_bank_of_another_embedding_is_refused(shapes, digits_task):
     model, request = shapes
-    with pytest.raises(ModelMismatch, match="32 numbers.*made for 7"):
-        poison(model, request, digits_task, patch=FIVE, concepts=bank_of_vectors(["x"], torch.ones(1, 7)))
+    with pytest.raises(ModelMismatch, match=r"64 numbers.*made for 7"):
+        poison(model, request, digits_task, **FIVE, concepts=bank_of_vectors(["x"], torch.ones(1, 7)))
 
 
-def test_a_class_that_shares_no_concept_needs_a_donor_by_hand(shapes, digits_task):
-    model, request = shapes
-    two = pal.split(
-        request.train.select(request.train.column("label") < 2), pal.by_column("label", 0), test=0, holdout=0
-    )
-    with pytest.raises(InvalidHyperparameter, match="choose donor="):
-        poison(model, two, digits_task, concepts=["disc"], patch=FIVE)
+def test_a_class_that_shares_no_concept_needs_a_donor_by_hand():
+    """The first five concepts of class 0 are nobody's; the other class lives on the seventh."""
+    weight = torch.zeros(2, 7)
+    weight[0], weight[1, 6] = torch.arange(7, 0, -1), 9.0
+    bank = bank_of_vectors([f"concept {k}" for k in range(7)], torch.eye(7))
+    bottleneck = ConceptBottleneck(bank, weight, torch.zeros(2))
+    true, kept = torch.zeros(4).long(), torch.ones(4).long()
+    with pytest.raises(InvalidHyperparameter, match=r"concept 0, concept 1.*choose donor="):
+        ConceptPoisoning()._donors(bottleneck, true, kept)
+    by_hand = ConceptPoisoning(donor=1)._donors(bottleneck, true, kept)
+    assert by_hand == {0: [Donor(0, 1, 6)]}
 
 
 def test_copies_must_be_as_many_as_records():
@@ -406,7 +420,7 @@ def test_without_captum_masking_names_the_extra_and_grad_cam_too(monkeypatch, te
     with pytest.raises(MissingDependency, match=r"palimpsest-ml\[concepts\]"):
         poison(*texts, digits_task, poison="masked", donor=6)
     with pytest.raises(MissingDependency, match=r"palimpsest-ml\[concepts\]"):
-        poison(*shapes, digits_task, locate="grad-cam", donor=1, patch=FIVE)
+        poison(*shapes, digits_task, locate="grad-cam", donor=1, **FIVE)
 
 
 def test_grad_cam_is_not_for_texts_nor_for_networks_without_convolution(texts, digits_task):

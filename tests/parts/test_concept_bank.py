@@ -61,14 +61,16 @@ def test_a_margin_is_the_signed_distance_to_the_hyperplane_between_the_examples(
 
 def test_given_vectors_have_no_intercept_and_their_own_length():
     bank = bank_of_vectors(["x"], torch.tensor([[3.0, 4.0]]))
-    torch.testing.assert_close(bank.margins(torch.tensor([[3.0, 4.0], [4.0, -3.0]])), torch.tensor([[5.0], [0]]))
+    torch.testing.assert_close(
+        bank.margins(torch.tensor([[3.0, 4.0], [4.0, -3.0]])), torch.tensor([[5.0], [0]])
+    )
 
 
 @pytest.mark.parametrize("side", ["positive", "negative"])
 def test_a_concept_without_examples_is_refused_by_name(planted, side):
     records, _ = planted
     none = {"positive": records, "negative": records, side: records.select([])}
-    with pytest.raises(InvalidRecords, match="'spots' has .*0 (examples with|without)"):
+    with pytest.raises(InvalidRecords, match=r"'spots' has .*0 (examples with|without)"):
         learn_concept_bank({"spots": ConceptExamples(**none)}, vectors_of, RUNTIME)
 
 
@@ -101,7 +103,7 @@ def test_names_that_come_twice_and_wrong_shapes_are_refused():
 
 
 def test_embeddings_of_another_width_are_refused():
-    with pytest.raises(ModelMismatch, match="3 numbers.*made for 2"):
+    with pytest.raises(ModelMismatch, match=r"3 numbers.*made for 2"):
         bank_of_vectors(["x"], torch.ones(1, 2)).margins(torch.ones(4, 3))
 
 
@@ -173,7 +175,9 @@ def test_the_confusion_rule_agrees_with_brute_force():
         weight = random.normal(size=(4, 6))
         for target in range(4):
             donor = choose_donor(torch.from_numpy(weight), target, topk=3)
-            assert (donor.donor_class, donor.donor_concept, donor.donor_rank) == brute_force_donor(weight, target, 3)
+            assert (donor.donor_class, donor.donor_concept, donor.donor_rank) == brute_force_donor(
+                weight, target, 3
+            )
             assert donor.target_concept == weight[target].argmax()
             found.add(donor.donor_rank)
     assert found == {None, 0, 1, 2}

@@ -18,15 +18,17 @@ from palimpsest.parts.windows import (
 )
 
 
-@given(
-    height=st.integers(1, 7), width=st.integers(1, 7), data=st.data(), seed=st.integers(0, 99)
-)
+@given(height=st.integers(1, 7), width=st.integers(1, 7), data=st.data(), seed=st.integers(0, 99))
 def test_what_is_pasted_is_cut_again_and_nothing_else_moves(height, width, data, seed):
     size = (data.draw(st.integers(1, height)), data.draw(st.integers(1, width)))
     generator = torch.Generator().manual_seed(seed)
     planes, patches = torch.zeros(3, 2, height, width), 1 + torch.rand(3, 2, *size, generator=generator)
     centers = torch.stack(
-        [torch.randint(-2, width + 2, (3,), generator=generator), torch.randint(-2, height + 2, (3,), generator=generator)], 1
+        [
+            torch.randint(-2, width + 2, (3,), generator=generator),
+            torch.randint(-2, height + 2, (3,), generator=generator),
+        ],
+        1,
     )
     result = paste(planes, patches, centers)
     assert torch.equal(cut(result, centers, size), patches)

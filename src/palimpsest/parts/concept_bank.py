@@ -21,6 +21,9 @@ PER_SIDE = 100
 LEAST = 2
 """Fewer examples on a side do not allow C to be chosen on examples that were not fitted."""
 
+FOLDS = 3
+"""Parts of the examples, each of which is left out once to choose C."""
+
 EmbedRecords = Callable[[Records], Float[Tensor, "records dim"]]
 
 
@@ -157,14 +160,17 @@ def concept_activation_vector(
 
     Of `REGULARISATIONS` the smallest C with the best accuracy in cross-validation is taken.
     """
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.model_selection import StratifiedKFold
     from sklearn.svm import SVC
 
     x = torch.cat([positive, negative]).numpy()
     y = np.repeat([1, 0], [len(positive), len(negative)])
-    folds = StratifiedKFold(min(5, len(positive), len(negative)))
-    accuracy = [cross_val_score(SVC(kernel="linear", C=c), x, y, cv=folds).mean() for c in REGULARISATIONS]
-    machine = SVC(kernel="linear", C=REGULARISATIONS[int(np.argmax(accuracy))]).fit(x, y)
+    folds = list(StratifiedKFold(min(FOLDS, len(positive), len(negative))).split(x, y))
+    right = [
+        sum(int((SVC(kernel="linear", C=c).fit(x[a], y[a]).predict(x[b]) == y[b]).sum()) for a, b in folds)
+        for c in REGULARISATIONS
+    ]
+    machine = SVC(kernel="linear", C=REGULARISATIONS[int(np.argmax(right))]).fit(x, y)
     return torch.from_numpy(machine.coef_[0].copy()), torch.tensor(float(machine.intercept_[0])).double()
 
 

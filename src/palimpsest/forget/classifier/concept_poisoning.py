@@ -196,7 +196,8 @@ class ConceptPoisoning:
     ) -> tuple[nn.Module, Poisoned]:
         """The same, with what was pasted over what."""
         student = runtime.place(copy.deepcopy(model))
-        head = matching(student, self.head or getattr(task, "head", None) or head_name(student))
+        name = self.head or getattr(task, "head", None) or head_name(student)
+        head = matching(student, name or "*")  # a bare linear layer is all head
         poisoned = self.poisoned(student, split, task, runtime)
         train = split.train if self.integrity == "full" else half_of_every_class(split.train, task, runtime)
         order = runtime.generator("concept-poisoning order")
@@ -219,7 +220,7 @@ class ConceptPoisoning:
         embed = Embed(model, task, self.embedder)
         bottleneck = self._bottleneck(embed, split, task, runtime)
         _, kept = inputs_and_labels(split.retain, task, runtime)
-        donors = self._donors(bottleneck, true, kept, split)
+        donors = self._donors(bottleneck, true, kept)
         false, result = true.clone(), inputs.clone()
         if self.labels == "random":
             draw = runtime.generator("false labels")
@@ -266,7 +267,7 @@ class ConceptPoisoning:
         )
 
     def _donors(
-        self, bottleneck: ConceptBottleneck | None, true: Tensor, kept: Tensor, split: ForgetSplit
+        self, bottleneck: ConceptBottleneck | None, true: Tensor, kept: Tensor
     ) -> dict[int, list[Donor]]:
         """By forgotten label one pair of donor class and concepts for each concept that is covered."""
         targets, donors = true.unique().tolist(), {}
