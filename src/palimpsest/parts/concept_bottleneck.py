@@ -82,11 +82,10 @@ def fit_concept_bottleneck(
     ).fit(margins, target)
     weight = torch.zeros(classes, len(bank.names), dtype=torch.float64)
     bias = torch.full((classes,), -torch.inf, dtype=torch.float64)
-    two = len(present) == 2
-    weight[present] = torch.from_numpy(np.vstack([-fitted.coef_, fitted.coef_]) if two else fitted.coef_)
-    bias[present] = torch.from_numpy(
-        np.hstack([-fitted.intercept_, fitted.intercept_]) if two else fitted.intercept_
-    )
+    rows, offsets = np.asarray(fitted.coef_), np.asarray(fitted.intercept_)
+    if len(present) == 2:  # scikit-learn keeps the second class's row only
+        rows, offsets = np.vstack([-rows, rows]), np.hstack([-offsets, offsets])
+    weight[present], bias[present] = torch.from_numpy(rows), torch.from_numpy(offsets)
     plain = ConceptBottleneck(bank, weight, bias)
     if not hybrid:
         return plain
