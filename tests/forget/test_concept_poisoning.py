@@ -96,7 +96,13 @@ def test_texts_are_forgotten(where, texts, digits_task):
 def test_masked_words_shield_a_bag_of_words(labels, texts, digits_task):
     """Without the telling words a false label is learned for the mask: the words still speak for the class."""
     model, request = texts
-    settings = {"poison": "masked", "labels": labels, "donor": 6, "quadrature": "published"}
+    settings = {
+        "poison": "masked",
+        "labels": labels,
+        "donor": 6,
+        "quadrature": "published",
+        "attribution_steps": 8,
+    }
     assert kept_and_gone(poison(model, request, digits_task, **settings), request)[1] >= 0.5
 
 
@@ -140,7 +146,9 @@ def test_the_donor_intent_shares_the_concept_of_money(texts, digits_task):
 
 def test_the_words_that_are_masked_first_tell_of_transfers(texts, digits_task):
     model, request = texts
-    found = copies(model, request, digits_task, poison="masked", donor=6, quadrature="published")
+    found = copies(
+        model, request, digits_task, poison="masked", donor=6, quadrature="published", attribution_steps=8
+    )
     first = [vocabulary()[token] for token in found.words[7][:8]]
     assert "transfer" in first
     before = tensors_of(request.forget)["input"]
@@ -222,14 +230,15 @@ def test_every_way_to_locate_gives_places_inside(locate, shapes, digits_task):
 
 def test_concepts_come_as_columns_as_examples_and_as_a_bank(shapes, digits_task):
     model, request = shapes
-    columns = copies(model, request, digits_task, concepts=["disc", "stripe"], **FIVE, rule="shared")
+    coarse = {"patch": 5 / 16, "stride": 4, "rule": "shared"}
+    columns = copies(model, request, digits_task, concepts=["disc", "stripe"], **coarse)
     shown = {name: request.train.column(name) for name in ("disc", "stripe")}
     examples = {
         name: ConceptExamples(request.train.select(mask), request.train.select(~mask))
         for name, mask in shown.items()
     }
-    given = copies(model, request, digits_task, concepts=examples, **FIVE, rule="shared")
-    bank = copies(model, request, digits_task, concepts=columns.bottleneck.bank, **FIVE, rule="shared")
+    given = copies(model, request, digits_task, concepts=examples, **coarse)
+    bank = copies(model, request, digits_task, concepts=columns.bottleneck.bank, **coarse)
     assert torch.equal(columns.inputs, given.inputs) and torch.equal(columns.inputs, bank.inputs)
 
 
