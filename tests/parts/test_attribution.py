@@ -9,11 +9,10 @@ from torch import nn
 from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords, MissingDependency, ModelMismatch
 from palimpsest.models import build_model
 from palimpsest.parts.answer_words import mask_answer, merge_words, normalize_word, rank_words
-from palimpsest.parts.attribution import (
+from palimpsest.parts.attribution import class_activation_maps, integrated_gradients
+from palimpsest.parts.token_attribution import (
     answer_score,
-    class_activation_maps,
     input_embedding,
-    integrated_gradients,
     mask_tokens,
     rank_tokens,
     token_attribution,

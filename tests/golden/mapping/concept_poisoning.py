@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from palimpsest.audit.membership.forgetting_rate import forgetting_rate
 from palimpsest.parts.answer_words import mask_answer, merge_words, normalize_word
-from palimpsest.parts.attribution import answer_score, token_attribution
 from palimpsest.parts.concept_bank import ConceptBank
 from palimpsest.parts.concept_bottleneck import ConceptBottleneck, choose_donor
+from palimpsest.parts.token_attribution import answer_score, token_attribution
 from palimpsest.parts.windows import Grid, cut, paste, peaks
 
 Data = dict[str, Any]

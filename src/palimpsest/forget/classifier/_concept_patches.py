@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.task import Task
-from palimpsest.parts.attribution import class_activation_maps, mask_tokens, rank_tokens, token_attribution
+from palimpsest.parts.attribution import class_activation_maps
 from palimpsest.parts.concept_bottleneck import ConceptBottleneck, Donor
+from palimpsest.parts.token_attribution import mask_tokens, rank_tokens, token_attribution
 from palimpsest.parts.windows import (
     Grid,
     Size,
@@ -62,7 +64,7 @@ class Embed:
 
     def records(self, records: Records, runtime: Runtime) -> Float[Tensor, "records dim"]:
         """Embeddings of records."""
-        return self.all(inputs_and_labels(records, self.task, runtime)[0])
+        return torch.cat([self.all(batch[self.field]) for batch in runtime.batches(records, self.task)])
 
     def logits(self, inputs: Tensor) -> Float[Tensor, "batch classes"]:
         """Class scores, with their graph."""
@@ -87,6 +89,14 @@ def inputs_and_labels(
     batches = list(runtime.batches(records, task))
     inputs = torch.cat([batch[getattr(task, "input", "input")].cpu() for batch in batches])
     return inputs, torch.cat([batch[getattr(task, "label", "label")].cpu().long() for batch in batches])
+
+
+def labels_of(records: Records, task: Task, runtime: Runtime) -> Int[Tensor, " records"]:
+    """Labels of records, in order, without their inputs where a column has them."""
+    name = getattr(task, "label", "label")
+    if records.has_column(name):
+        return torch.from_numpy(records.column(name).astype(np.int64))
+    return torch.cat([batch[name].cpu().long() for batch in runtime.batches(records, task)])
 
 
 def is_text(inputs: Tensor) -> bool:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
 from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords, MissingNeed
+from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
@@ -26,6 +27,7 @@ from palimpsest.forget.classifier._concept_patches import (
     Place,
     check_place,
     inputs_and_labels,
+    labels_of,
     masked_texts,
     patched,
 )  # fmt: skip
@@ -216,39 +218,42 @@ class ConceptPoisoning:
             raise MissingNeed("Concept poisoning needs the retained records.")
         inputs, true = inputs_and_labels(split.forget, task, runtime)
         check_place(self, inputs)
-        model.eval()
-        embed = Embed(model, task, self.embedder)
-        bottleneck = self._bottleneck(embed, split, task, runtime)
-        _, kept = inputs_and_labels(split.retain, task, runtime)
-        donors = self._donors(bottleneck, true, kept)
-        false, result = true.clone(), inputs.clone()
-        if self.labels == "random":
-            draw = runtime.generator("false labels")
-            false = torch.randint(embed.classes(inputs), true.shape, generator=draw)
+        kept = labels_of(split.retain, task, runtime)
         words: dict[int, list[int]] = {}
-        for label, pairs in donors.items():
-            mine = (true == label).nonzero()[:, 0]
-            if self.labels == "targeted" and pairs:
-                false[mine] = int(pairs[0].donor_class or 0)
-            if self.poison == "masked":
-                result[mine], words[label] = masked_texts(self, embed, inputs[mine], label)
-            elif self.poison != "none":
-                for pair in pairs:
-                    result[mine] = patched(
-                        self, embed, bottleneck, result[mine], label, pair, split.retain, kept, runtime
-                    )
+        with evaluating(model):
+            embed = Embed(model, task, self.embedder)
+            bottleneck = self._bottleneck(embed, split, task, runtime)
+            donors = self._donors(bottleneck, true, kept)
+            false, result = true.clone(), inputs.clone()
+            if self.labels == "random":
+                draw = runtime.generator("false labels")
+                false = torch.randint(embed.classes(inputs), true.shape, generator=draw)
+            for label, pairs in donors.items():
+                mine = (true == label).nonzero()[:, 0]
+                if self.labels == "targeted":
+                    false[mine] = int(pairs[0].donor_class or 0)
+                if self.poison == "masked":
+                    result[mine], words[label] = masked_texts(self, embed, inputs[mine], label)
+                elif self.poison != "none":
+                    for pair in pairs:
+                        result[mine] = patched(
+                            self, embed, bottleneck, result[mine], label, pair, split.retain, kept, runtime
+                        )
         names = bottleneck.bank.names if bottleneck else ()
         log.info("concept-poisoning: concepts %s, donors %s", names, donors)
         rows = {name: row for row, name in enumerate(split.forget.ids)}
         return Poisoned(result, false, rows, donors, bottleneck, words)
+
+    @property
+    def _wants_donor(self) -> bool:
+        return self.labels == "targeted" or self.poison not in ("none", "masked")
 
     def _bottleneck(
         self, embed: Embed, split: ForgetSplit, task: Task, runtime: Runtime
     ) -> ConceptBottleneck | None:
         """The concept bottleneck of the original; None if nothing depends on a concept."""
         by_concept = self.poison == "localized" and (self.locate != "grad-cam" or self.top > 1)
-        wants_donor = self.labels == "targeted" or self.poison not in ("none", "masked")
-        if not by_concept and (self.donor is not None or not wants_donor):
+        if not by_concept and (self.donor is not None or not self._wants_donor):
             return None
         if self.concepts is None:
             raise InvalidHyperparameter(
@@ -259,11 +264,15 @@ class ConceptPoisoning:
         if not isinstance(bank, ConceptBank):
             given = bank if isinstance(bank, Mapping) else examples_by_column(split.train, list(bank))
             bank = learn_concept_bank(given, lambda records: embed.records(records, runtime), runtime)
-        inputs, labels = inputs_and_labels(split.train, task, runtime)
-        embeddings = embed.all(inputs)
-        classes, seed = embed.classes(inputs), runtime.derive("bottleneck")
+        first, _ = inputs_and_labels(split.train.select([0]), task, runtime)
         return fit_concept_bottleneck(
-            bank, embeddings, labels, classes, self.sparsity, hybrid=self.hybrid, seed=seed
+            bank,
+            embed.records(split.train, runtime),
+            labels_of(split.train, task, runtime),
+            embed.classes(first),
+            self.sparsity,
+            hybrid=self.hybrid,
+            seed=runtime.derive("bottleneck"),
         )
 
     def _donors(
@@ -272,14 +281,13 @@ class ConceptPoisoning:
         """By forgotten label one pair of donor class and concepts for each concept that is covered."""
         targets, donors = true.unique().tolist(), {}
         available = set(kept.unique().tolist())
-        wants_donor = self.labels == "targeted" or self.poison not in ("none", "masked")
         if self.donor is not None and (self.donor in targets or self.donor not in available):
             raise InvalidHyperparameter(
                 f"donor={self.donor} must be a class of the retained records that is not to be forgotten; "
                 f"retained: {sorted(available)}, forgotten: {targets}."
             )
         for label in targets:
-            if not wants_donor:
+            if not self._wants_donor:
                 donors[label] = []
                 continue
             if bottleneck is None:
@@ -351,7 +359,7 @@ class Poisoned:
 
 def half_of_every_class(records: Records, task: Task, runtime: Runtime) -> Records:
     """A random half of the records of each label."""
-    _, labels = inputs_and_labels(records, task, runtime)
+    labels = labels_of(records, task, runtime)
     order = runtime.numpy("half of every class").permutation(len(records))
     chosen = [
         mine[: -(-len(mine) // 2)]

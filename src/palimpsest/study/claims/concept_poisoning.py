@@ -16,8 +16,9 @@ from palimpsest.data.planted_shapes import CLASSES, SHAPES, planted_shapes
 from palimpsest.forget.classifier._concept_patches import Embed, inputs_and_labels, located
 from palimpsest.forget.classifier.concept_poisoning import ConceptPoisoning, Poisoned
 from palimpsest.parts.activations import head_name
-from palimpsest.parts.attribution import Attribution, Quadrature, token_attribution
+from palimpsest.parts.attribution import Attribution, Quadrature
 from palimpsest.parts.parameters import matching, only_trainable
+from palimpsest.parts.token_attribution import token_attribution
 from palimpsest.parts.training import TrainingRecipe, fit
 from palimpsest.study.claims.measuring import Setting, measurement
 
