@@ -319,11 +319,11 @@ def test_known_networks_and_every_kind_of_request(name, request_for, digits_task
     assert moved and all(parameter.startswith(f"{head}.") for parameter in moved)
 
 
-def test_the_same_seed_gives_the_same_bytes(shapes, digits_task):
-    model, request = shapes
-    settings = {**CONCEPT, "stride": 4, "epochs": 1, "labels": "random"}
+def test_the_same_seed_gives_the_same_bytes(digits_model, class_request, digits_task):
+    settings = {"poison": "random", "labels": "random", "donor": 9, "epochs": 1}
     first, again, other = (
-        fingerprint(poison(model, request, digits_task, seed=seed, **settings)) for seed in (0, 0, 1)
+        fingerprint(poison(digits_model, class_request, digits_task, seed=seed, **settings))
+        for seed in (0, 0, 1)
     )
     assert first == again != other
 

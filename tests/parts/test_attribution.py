@@ -4,6 +4,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords, MissingDependency, ModelMismatch
@@ -160,6 +162,19 @@ def test_the_first_ranked_tokens_of_each_text_are_masked_wherever_they_stand():
     ids = torch.tensor([[7, 3, 7, 4, 9], [4, 3, 9, 9, 9], [8, 8, 8, 8, 8]])
     masked = mask_tokens(ids, torch.tensor([7, 4, 3]), 2, 1)
     assert masked.tolist() == [[1, 3, 1, 1, 9], [1, 1, 9, 9, 9], [8, 8, 8, 8, 8]]
+
+
+@given(
+    st.lists(st.lists(st.integers(2, 9), min_size=6, max_size=6), min_size=1),
+    st.permutations(range(2, 8)),
+    st.integers(1, 4),
+)
+def test_masking_agrees_with_a_loop_over_texts(texts, ranked, k):
+    expected = []
+    for text in texts:
+        gone = [token for token in ranked if token in text][:k]
+        expected.append([1 if token in gone else token for token in text])
+    assert mask_tokens(torch.tensor(texts), torch.tensor(ranked), k, 1).tolist() == expected
 
 
 def test_each_answer_weighs_the_same_in_the_ranking_of_words():

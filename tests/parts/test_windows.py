@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palimpsest.core.errors import InvalidHyperparameter
+from palimpsest.parts import windows
 from palimpsest.parts.windows import (
     Grid,
     as_planes,
@@ -60,6 +61,15 @@ def test_the_peak_is_where_the_concept_was_put(view):
     assert maps.shape == (3, 7, 10, 1)
     centers, concepts, values = peaks(maps, Grid((3, 3), (1, 1)))
     assert centers.tolist() == [[4, 1], [10, 7], [1, 4]] and not concepts.any() and (values <= 1).all()
+
+
+def test_many_planes_are_read_in_parts_with_the_same_maps(monkeypatch):
+    planes = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    given = (brightness, torch.tensor([[0.6, 0.8]]), Grid((2, 2), (1, 1)), "alone")
+    whole, sizes = similarity_maps(planes, *given), []
+    monkeypatch.setattr(windows, "AT_ONCE", 20)
+    counted = lambda seen: sizes.append(len(seen)) or brightness(seen)  # noqa: E731
+    assert torch.equal(similarity_maps(planes, counted, *given[1:]), whole) and sizes == [18, 18, 9]
 
 
 def test_windows_of_nothing_but_padding_are_no_candidates():

@@ -125,6 +125,10 @@ def mask_tokens(
     ids: Int[Tensor, "batch tokens"], ranked: Int[Tensor, " ranked"], k: int, mask: int
 ) -> Int[Tensor, "batch tokens"]:
     """Texts in which every occurrence of the first k ranked tokens that a text holds is masked."""
-    held = (ids[:, :, None] == ranked).any(1)
-    chosen = held & (held.cumsum(1) <= k)
-    return ids.masked_fill(((ids[:, :, None] == ranked) & chosen[:, None]).any(2), mask)
+    size = 1 + int(max(ids.max(), ranked.max()))
+    places = ids.new_full((size,), size).index_copy_(0, ranked, torch.arange(len(ranked), device=ids.device))
+    place = places[ids]
+    ordered = place.sort(1).values
+    distinct = torch.cat([torch.ones_like(ordered[:, :1]), (ordered.diff(dim=1) > 0).long()], 1).cumsum(1)
+    last = ordered.masked_fill((distinct > k) | (ordered == size), -1).max(1).values
+    return ids.masked_fill(place <= last[:, None], mask)

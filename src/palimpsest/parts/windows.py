@@ -18,6 +18,8 @@ from palimpsest.core.errors import InvalidHyperparameter
 
 Size = tuple[int, int]
 View = Literal["enlarged", "alone"]
+AT_ONCE = 1024
+"""At most about this many windows lie in memory, each as large as the input."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,21 @@ def similarity_maps(
     """
     height, width = planes.shape[2:]
     check_window(grid.size, (height, width))
+    cells = ((height - grid.size[0]) // grid.stride[0] + 1) * ((width - grid.size[1]) // grid.stride[1] + 1)
+    together = max(1, AT_ONCE // cells)
+    if len(planes) > together:
+        parts = planes.split(together)
+        return torch.cat([similarity_maps(part, embed, directions, grid, view, background) for part in parts])
     windows = planes.unfold(2, grid.size[0], grid.stride[0]).unfold(3, grid.size[1], grid.stride[1])
     batch, channels, rows, columns = windows.shape[:4]
     shown = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, channels, *grid.size)
     if view == "alone":
-        cells = torch.arange(rows * columns, device=planes.device).repeat(batch)
+        cell = torch.arange(rows * columns, device=planes.device).repeat(batch)
         canvas = torch.full((len(shown), channels, height, width), background).to(planes)
-        seen = paste(canvas, shown, grid.centers(cells // columns, cells % columns))
+        seen = paste(canvas, shown, grid.centers(cell // columns, cell % columns))
     else:
         seen = F.interpolate(shown.float(), (height, width), mode="bilinear", align_corners=False)
-    features = torch.cat([embed(part) for part in seen.split(1024)])
+    features = embed(seen)
     cosines = F.normalize(features, dim=1) @ directions.to(features).T
     if view == "alone":
         cosines[(shown == background).flatten(1).all(1)] = -torch.inf

@@ -77,10 +77,10 @@ def _paste(inputs: Data, params: Data) -> Data:
     target, donor, size = _plane(inputs["target"]), _plane(inputs["donor"]), params["size"]
     patch = cut(donor, torch.tensor([params["donor_center"]]), (size, size))
     result = paste(target, patch, torch.tensor([params["target_center"]]))
-    flat = torch.tensor(inputs["target"]).dim() == 2
+    lead = torch.tensor(inputs["target"]).shape[:-2]
     return {
-        "patch": (patch[0, 0] if flat else patch[0]).tolist(),
-        "result": (result[0, 0] if flat else result[0]).tolist(),
+        "patch": patch.reshape(*lead, size, size).tolist(),
+        "result": result.reshape(*lead, *result.shape[-2:]).tolist(),
     }
 
 
