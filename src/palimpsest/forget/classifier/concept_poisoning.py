@@ -82,10 +82,11 @@ class ConceptPoisoning:
     **Labels alone do it.** The authors' own ablation says that wrong labels on unchanged images forget as
     well (`poison="none"`), that patches under true labels (`labels="keep"`) never do, and that whole donor
     images (`poison="full"`) forget worse, because the false label is then simply right; the replication
-    shows the same here. So `poison="none"` with `donor=` is the cheap baseline that a patch must beat; what
-    patches buy is an explanation of what was cut. Compare with `poison="random"`, which pays no attention to
-    concepts, before crediting them. One epoch on true records brings the class back: what is suppressed is
-    in the frozen backbone.
+    shows the same here, on images and on texts. So `poison="none"` with `donor=` is the cheap baseline that
+    a patch must beat; what patches buy is an explanation of what was cut. Compare with `poison="random"`,
+    which pays no attention to concepts, before crediting them. Masked words even shield a class of texts:
+    the false label is learned for the mask, and the covered words go on speaking for the class. One epoch on
+    true records brings the class back: what is suppressed is still in the frozen backbone.
 
     For whole classes. Parts of classes and random records are poisoned in the same way, class by class
     (`rule="shared"` finds every class a donor), and take records of their class that were to be kept with them.
