@@ -107,10 +107,8 @@ def test_clicking_on_a_mark_picks_its_model(opened):
 
 def test_the_feature_space_is_drawn_for_every_model_with_the_forgotten_in_colour(opened):
     chart = opened.locator("#chart-features")
-    titles = chart.locator("svg .role-column-title text, svg .role-header-title text, svg .role-scope text")
-    names = set(chart.locator("svg text").all_inner_texts())
+    names = set(chart.locator("svg text").all_text_contents())
     assert {"original", "retrained", "ssd", "finetune (epochs=1)", "class 3", "retained"} <= names
-    assert titles.count() > 0
     fills = set(
         chart.locator("svg .role-mark.marks .mark-symbol path, svg .mark-symbol.role-mark path").evaluate_all(
             "paths => paths.map(path => getComputedStyle(path).fill)"
