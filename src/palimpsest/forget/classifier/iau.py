@@ -56,7 +56,9 @@ class IAU:
     fresh Adam, whose first step is lr * g / (|g| + 1e-8), nearly the sign of g; the paper writes a plain
     gradient step: both are here. More than one step (`steps`) is an option of ours: gradients are taken
     anew before each, with the same optimiser, and rates must be smaller in proportion: several SGD steps at a
-    rate that suits one diverge.
+    rate that suits one diverge. The published originals stop training early by validation accuracy;
+    `palimpsest.train` takes the number of epochs that it is told. A further request is the same step from
+    the model that the last one gave, with the records still retained.
 
     Attributes:
         lr: Learning rate of the step, above 0; published is that of training.

@@ -58,11 +58,12 @@ def label_dependence(setting: Setting) -> float:
 
 @measurement("laf.cosine-gap")
 def cosine_gap(setting: Setting) -> float:
-    """Mean cosine of representations with the original's: of retained minus of forget records."""
-    after = _unlearned(setting)
+    """Mean cosine of representations with the original's after the defaults: of retained minus of forget records."""
+    after = forget(setting.original, setting.split, "laf", setting.task, runtime=setting.runtime)
     kept, gone = (
         F.cosine_similarity(
-            _representations(setting.original, part, setting), _representations(after, part, setting)
+            _representations(setting.original, part, setting, None),
+            _representations(after, part, setting, None),
         )
         for part in (_retained(setting.split), setting.split.forget)
     )
@@ -88,8 +89,10 @@ def _unlearned(setting: Setting) -> nn.Module:
     )  # fmt: skip
 
 
-def _representations(model: nn.Module, records: Records, setting: Setting) -> torch.Tensor:
-    return representations(model, records, _task(setting), setting.runtime, LAYER)
+def _representations(
+    model: nn.Module, records: Records, setting: Setting, layer: str | None = LAYER
+) -> torch.Tensor:
+    return representations(model, records, _task(setting), setting.runtime, layer)
 
 
 def _relabelled(setting: Setting, shuffle: bool) -> ForgetSplit:
