@@ -18,6 +18,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, check_range, unlearner
@@ -65,6 +66,7 @@ Integrity = Literal["full", "half"]
         "arXiv 2024",
         "2405.15662",
     ),
+    search={"lr": Span(1e-3, 0.1, log=True), "epochs": Span(2, 30, integer=True)},
 )
 @dataclass(frozen=True)
 class ConceptPoisoning:

@@ -17,6 +17,7 @@ from palimpsest.core.errors import InvalidHyperparameter, MissingNeed, ModelMism
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.parts.activations import output_with_graph
@@ -39,6 +40,11 @@ SMALL_REACH = 0.05
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("classification",),
     paper=PAPER,
+    search={
+        "steps": Span(120, 960, integer=True),
+        "lr_unlearning": Span(3e-5, 3e-4, log=True),
+        "temperature": Span(1, 20, log=True),
+    },
 )
 @dataclass(frozen=True)
 class LAF:
@@ -251,7 +257,7 @@ def unlearning_loss(
     forget: Float[Tensor, "gone dim"],
     forget_reconstruction: Float[Tensor, "gone dim"],
 ) -> Float[Tensor, ""]:
-    """L_UE: the squashed errors of retained recordsminus those of forget records."""
+    """L_UE: the squashed errors of retained records minus those of forget records."""
     return squashed_error(retain, retain_reconstruction) - squashed_error(forget, forget_reconstruction)
 
 

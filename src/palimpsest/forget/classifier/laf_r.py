@@ -12,6 +12,7 @@ from palimpsest.core.errors import MissingNeed, ModelMismatch
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import check_range, unlearner
 from palimpsest.forget.classifier.laf import LAF, LARGEST, PAPER
@@ -27,6 +28,11 @@ from palimpsest.tasks.classification import Classification
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA, Need.RETAIN_LABELS},
     tasks=("classification",),
     paper=PAPER,
+    search={
+        "steps": Span(120, 960, integer=True),
+        "temperature": Span(1, 20, log=True),
+        "repair_lr": Span(1e-4, 1e-2, log=True),
+    },
 )
 @dataclass(frozen=True)
 class LAFRepair(LAF):

@@ -15,6 +15,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import Paper, unlearner
@@ -34,6 +35,7 @@ Masked = Literal["forgotten", "own"]
         "Engineering Applications of AI 2026",
         "2503.06991",
     ),
+    search={"lr": Span(1e-5, 3e-3, log=True), "epochs": Span(1, 15, integer=True)},
 )
 @dataclass(frozen=True)
 class PseudoLabel:

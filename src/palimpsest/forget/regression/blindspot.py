@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from palimpsest.core.errors import InvalidHyperparameter, InvalidSplit, MissingNeed, ModelMismatch
 from palimpsest.core.needs import Need
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.parts.activations import head_name, module_of, weight_layers
@@ -37,6 +38,7 @@ EPSILON = 1e-12
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA, Need.RETAIN_LABELS},
     tasks=("regression",),
     paper=Paper("Deep Regression Unlearning", "ICML 2023", "2210.08196"),
+    search={"lr": Span(1e-4, 1e-2, log=True), "epochs": Span(1, 5, integer=True)},
 )
 @dataclass(frozen=True)
 class Blindspot:

@@ -14,6 +14,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.parts.pairing import mixed
@@ -27,6 +28,7 @@ from palimpsest.tasks.regression import Regression
     needs={Need.MODEL, Need.FORGET_DATA, Need.FORGET_LABELS, Need.RETAIN_DATA, Need.RETAIN_LABELS},
     tasks=("regression",),
     paper=Paper("Deep Regression Unlearning", "ICML 2023", "2210.08196"),
+    search={"lr": Span(1e-4, 1e-2, log=True), "epochs": Span(1, 5, integer=True)},
 )
 @dataclass(frozen=True)
 class GaussianAmnesiac:
