@@ -54,9 +54,7 @@ def attention_share(setting: Setting) -> float:
     blindspot = fit(reinitialised(setting.original, runtime), retain, task, runtime, method.blindspot_recipe)
 
     def difference(at_beta: float) -> float:
-        after = forget(
-            setting.original, setting.split, replace(method, at_beta=at_beta), task, runtime=runtime
-        )
+        after = replace(method, at_beta=at_beta).unlearn(setting.original, setting.split, task, runtime)
         mine, theirs = (_activations(model, setting) for model in (after, blindspot))
         pairs = zip(mine, theirs, strict=True)
         return float(np.mean([float(attention_difference(a, b)) for a, b in pairs]))
@@ -98,7 +96,7 @@ def _share(setting: Setting, other: nn.Module) -> float:
     runtime = setting.runtime
     gold = forget(setting.original, setting.split, "retrain", setting.task, runtime=runtime.with_seed(GOLD))
     method = Blindspot(epochs=EPOCHS, batch_size=BATCH, blindspot_epochs=BLINDSPOT_EPOCHS)
-    mine = forget(setting.original, setting.split, method, setting.task, runtime=runtime)
+    mine = method.unlearn(setting.original, setting.split, _task(setting), runtime)
     wanted = _predictions(gold, setting)
     return wasserstein(_predictions(mine, setting), wanted) / wasserstein(
         _predictions(other, setting), wanted
