@@ -50,7 +50,7 @@ KNOWN = 0.5
 """K from which an inside finding counts as known (card `sok`)."""
 UNTOUCHED = 0.8
 """K from which a finding counts as untouched."""
-SKILL_SPREAD = 0.1
+SKILL_SPREAD = 0.15
 """Prior deviation of the skill on forget records between retrainings: beyond the retained targets they
 extrapolate, each in its own way (digits as numbers, small CNN: 0.14; tables less)."""
 FORGET_ANSWERS = {"utility.forget_accuracy": SEED_SPREAD, "regression.forget_skill": SKILL_SPREAD}

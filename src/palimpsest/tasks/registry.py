@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 from palimpsest.core.records import Records
 from palimpsest.core.registry import Registry
@@ -13,7 +13,17 @@ from palimpsest.core.unlearner import build
 TASKS: Registry[type[Any]] = Registry("task", "palimpsest.tasks", "palimpsest.tasks")
 """Dataclasses that are a `Task`, by name."""
 
-task = TASKS.register
+C = TypeVar("C", bound=type[Any])
+
+
+def task(name: str) -> Callable[[C], C]:
+    """Class decorator that makes a dataclass a task called `name`."""
+
+    def decorate(cls: C) -> C:
+        TASKS.register(name)(cls)
+        return cls
+
+    return decorate
 
 
 def build_task(name: str, settings: Mapping[str, Any], train: Records) -> Task:

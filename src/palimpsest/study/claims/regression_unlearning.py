@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from palimpsest.tasks.regression import Regression
 EPOCHS, BATCH, BLINDSPOT_EPOCHS = 3, 32, 3
 """Of blindspot unlearning and fine-tuning, and of the blindspot model."""
 GAUSSIAN_EPOCHS = 5
-METHOD: dict[str, Any] = {"epochs": EPOCHS, "batch_size": BATCH, "blindspot_epochs": BLINDSPOT_EPOCHS}
 GOLD = 9_000
 """Seed of the retrained model that predictions are compared with."""
 
@@ -32,13 +31,7 @@ GOLD = 9_000
 @measurement("regression-unlearning.w1-share-of-fine-tuning")
 def w1_share_of_fine_tuning(setting: Setting) -> float:
     """Wasserstein-1 distance to a retrained model on the forget records: Blindspot's over fine-tuning's."""
-    settings: dict[str, Any] = {
-        "epochs": EPOCHS,
-        "batch_size": BATCH,
-        "lr": 1e-3,
-        "optimizer": "adam",
-        "weight_decay": 0.0,
-    }
+    settings = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 1e-3, "optimizer": "adam", "weight_decay": 0.0}
     return _share(setting, forget(setting.original, setting.split, "finetune", setting.task,
                                   runtime=setting.runtime, **settings))  # fmt: skip
 
@@ -54,15 +47,14 @@ def w1_share_of_gaussian(setting: Setting) -> float:
 def attention_share(setting: Setting) -> float:
     """Mean attention difference to B on the forget records, with at_beta 50 over that with 0."""
     task = _task(setting)
-    method = Blindspot(**METHOD)
+    method = Blindspot(epochs=EPOCHS, batch_size=BATCH, blindspot_epochs=BLINDSPOT_EPOCHS)
     runtime, retain = setting.runtime, setting.split.retain
     if retain is None:
         raise ModelMismatch("Without retained records there is no blindspot model.")
     blindspot = fit(reinitialised(setting.original, runtime), retain, task, runtime, method.blindspot_recipe)
 
     def difference(at_beta: float) -> float:
-        settings: dict[str, Any] = {**METHOD, "at_beta": at_beta}
-        after = forget(setting.original, setting.split, "blindspot", task, runtime=runtime, **settings)
+        after = replace(method, at_beta=at_beta).unlearn(setting.original, setting.split, task, runtime)
         mine, theirs = (_activations(model, setting) for model in (after, blindspot))
         pairs = zip(mine, theirs, strict=True)
         return float(np.mean([float(attention_difference(a, b)) for a, b in pairs]))
@@ -103,7 +95,8 @@ def _share(setting: Setting, other: nn.Module) -> float:
     """Distance of Blindspot to the retrained model over that of another model."""
     runtime = setting.runtime
     gold = forget(setting.original, setting.split, "retrain", setting.task, runtime=runtime.with_seed(GOLD))
-    mine = forget(setting.original, setting.split, "blindspot", setting.task, runtime=runtime, **METHOD)
+    method = Blindspot(epochs=EPOCHS, batch_size=BATCH, blindspot_epochs=BLINDSPOT_EPOCHS)
+    mine = method.unlearn(setting.original, setting.split, _task(setting), runtime)
     wanted = _predictions(gold, setting)
     return wasserstein(_predictions(mine, setting), wanted) / wasserstein(
         _predictions(other, setting), wanted
