@@ -95,6 +95,7 @@ def test_the_audit_of_the_guide_runs_in_compare_as_told(tmp_path):
     assert 0 < findings["margin"]["value"] <= 1 and findings["margin"]["n"] > 100
 
 
+@pytest.mark.slow
 def test_the_membership_page_runs_as_told(tmp_path, monkeypatch):
     page = ROOT / "docs" / "guide" / "membership.md"
     study, audit = blocks(page, "bash")
