@@ -111,7 +111,11 @@ def test_the_membership_page_runs_as_told(tmp_path, monkeypatch):
     assert len(names["report"].series["exposed"]) == 2 * 20
     for name, model in (("model", "model"), ("forgot", "unlearned"), ("retrained", "retrained")):
         palimpsest.save_model(names[model], f"{name}.safetensors")
-    known = {word.partition("=")[0].rpartition(".")[2] for word in shlex.split(audit) if "shadow-membership." in word}
+    known = {
+        word.partition("=")[0].rpartition(".")[2]
+        for word in shlex.split(audit)
+        if "shadow-membership." in word
+    }
     again = _do(audit.strip() + " --audit-set shadow-membership.runs=6 --json", tmp_path)
     assert again.returncode == 0, again.stderr
     assert known == {"method", "folder", "workers"} and set(made) < set((tmp_path / "shadows").iterdir())
