@@ -118,6 +118,7 @@ def test_the_lines_of_the_guide_to_worst_cases_run():
     assert len(names["hardest"]) == 5 and len(names["request"].forget) == len(names["worst"].ids)
 
 
+@pytest.mark.slow
 def test_the_membership_page_runs_as_told(tmp_path, monkeypatch):
     page = ROOT / "docs" / "guide" / "membership.md"
     study, audit = blocks(page, "bash")

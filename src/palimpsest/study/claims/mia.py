@@ -36,7 +36,8 @@ def tpr_ratio(setting: Setting) -> float:
     found = {finding.name: finding for finding in _attack(setting).findings}
     ours, plain = (found[f"{name}_tpr_at_{ALPHA:g}"] for name in ("online", "confidence"))
     assert ours.value is not None and plain.value is not None
-    return ours.value / max(plain.value, 1 / plain.n)
+    hits = [round(finding.value * finding.n) for finding in (ours, plain) if finding.value is not None]
+    return hits[0] / max(hits[1], 1)  # whole records: a quotient of rates misses 5 by a rounding error
 
 
 @measurement("mia.permuted-auc")

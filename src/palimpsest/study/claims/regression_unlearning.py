@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,13 @@ GOLD = 9_000
 @measurement("regression-unlearning.w1-share-of-fine-tuning")
 def w1_share_of_fine_tuning(setting: Setting) -> float:
     """Wasserstein-1 distance to a retrained model on the forget records: Blindspot's over fine-tuning's."""
-    settings = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 1e-3, "optimizer": "adam", "weight_decay": 0.0}
+    settings: dict[str, Any] = {
+        "epochs": EPOCHS,
+        "batch_size": BATCH,
+        "lr": 1e-3,
+        "optimizer": "adam",
+        "weight_decay": 0.0,
+    }
     return _share(setting, forget(setting.original, setting.split, "finetune", setting.task,
                                   runtime=setting.runtime, **settings))  # fmt: skip
 
