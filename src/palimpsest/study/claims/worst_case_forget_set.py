@@ -1,7 +1,7 @@
 """Measurements for the claims of worst-case forget sets.
 
-On every seed of a study the hardest set is found five times over, with other seeds of the search, and as many
-random sets are drawn; each is retrained without once, with its own seed: `REPEATS` pairs of a set and a
+On every seed of a study the hardest set (and that of a search with too small an upper learning rate) is found
+five times over, with other seeds of the search, and as many random sets are drawn; each is retrained without once, with its own seed: `REPEATS` pairs of a set and a
 retrained model. The other sets are found and retrained without twice.
 """
 
@@ -199,7 +199,7 @@ def _sets(keyed: _Keyed) -> _Sets:
     return _Sets(
         hardest=_search(keyed.setting, REPEATS),
         easiest=_search(keyed.setting, FEW, goal="easiest"),
-        slow=_search(keyed.setting, FEW, upper_lr=SLOW_LR),
+        slow=_search(keyed.setting, REPEATS, upper_lr=SLOW_LR),
     )
 
 
@@ -209,11 +209,11 @@ def _retrained(keyed: _Keyed) -> list[Row]:
     found, chooser, evaluator = _sets(keyed), _chooser(keyed.setting), _evaluator(keyed.setting)
     often: dict[str, Sequence[Sequence[str]]] = {
         "hardest": [item.ids for item in found.hardest],
+        "slow": [item.ids for item in found.slow],
         "random": [chooser.ids("random", number) for number in range(REPEATS)],
     }
     twice: dict[str, Sequence[Sequence[str]]] = {
         "easiest": [item.ids for item in found.easiest],
-        "slow": [item.ids for item in found.slow],
         "lowest-loss": [chooser.ids("lowest-loss")],
     }
     return [*evaluator.rows(often, REPEATS), *evaluator.rows(twice, FEW)]
