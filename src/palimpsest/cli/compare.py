@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palimpsest.cli.loading import import_modules, listed, read_audits
+from palimpsest.cli.loading import import_modules, listed, read_audits, read_seeds
 from palimpsest.cli.options import RULE, AsJson, AuditSet, Imports
 from palimpsest.cli.output import emit, say, show
 
@@ -122,7 +122,7 @@ def command(
         "forget": forget or None,
         "methods": listed(methods) or None,
         "audits": read_audits(audits, audit_set) or None,
-        "seeds": _seeds(seeds),
+        "seeds": read_seeds(seeds) if seeds is not None else None,
         "controls": controls,
         "in_turn": True if in_turn else None,
         "store": store,
@@ -145,17 +145,6 @@ def command(
     _present(result, page, as_json)
     if _all_failed(result):
         raise typer.Exit(ALL_FAILED)
-
-
-def _seeds(text: str | None) -> int | list[int] | None:
-    """A number of seeds, or a list of them."""
-    if text is None:
-        return None
-    try:
-        numbers = [int(item) for item in listed(text)]
-    except ValueError as problem:
-        raise typer.BadParameter(f"--seeds is a number or a list such as 0,1,2, not '{text}'") from problem
-    return numbers if "," in text else numbers[0]
 
 
 def _present(result: StudyResult, page: bool, as_json: bool) -> None:

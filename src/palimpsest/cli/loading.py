@@ -193,3 +193,16 @@ def import_modules(names: Iterable[str]) -> None:
 def listed(text: str | None) -> list[str]:
     """The items of a list written with commas."""
     return [item.strip() for item in (text or "").split(",") if item.strip()]
+
+
+def read_seeds(text: str) -> int | list[int]:
+    """A number of seeds, or a list of them."""
+    import typer
+
+    try:
+        numbers = [int(item) for item in listed(text)]
+    except ValueError as problem:
+        raise typer.BadParameter(f"--seeds is a number or a list such as 0,1,2, not '{text}'") from problem
+    if "," not in text and not (numbers and numbers[0] >= 1):
+        raise typer.BadParameter(f"--seeds is a number of seeds, at least 1, not '{text}'")
+    return numbers if "," in text else numbers[0]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from palimpsest.cli.loading import read_seeds
 from palimpsest.cli.options import AsJson
 from palimpsest.cli.output import emit, say, show
 
@@ -16,7 +17,9 @@ DOES_NOT_HOLD = 1
 
 def command(
     slug: Annotated[str, typer.Argument(help="Name of a recipe in replications/, such as ssd, or its file.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    seeds: Annotated[
+        str, typer.Option(metavar="N|A,B,...", help="Number of seeds, or the seeds themselves.")
+    ] = "3",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the studies; runs/replications/SLUG by default.")
     ] = None,
@@ -30,7 +33,7 @@ def command(
     """Run the claims of a paper on a small scale: claim, the paper's figure, ours, whether it holds."""
     from palimpsest.study.replication import replicate
 
-    result = replicate(slug, out=out, seeds=seeds, workers=workers, results=results)
+    result = replicate(slug, out=out, seeds=read_seeds(seeds), workers=workers, results=results)
     if as_json:
         emit(result.to_dict())
     else:

@@ -43,6 +43,7 @@ class Board(Part):
         tune: Requests that hyperparameters are searched on.
         forget: Requests that are reported.
         skip: Methods that cannot run here, with the reason.
+        settings: Of methods that need to be told something here; they are not searched.
         trials: Of the search, if not as the leaderboard says.
     """
 
@@ -51,6 +52,7 @@ class Board(Part):
     tune: list[JsonValue] = Field(min_length=1)
     forget: list[JsonValue] = Field(min_length=1)
     skip: dict[str, str] = Field(default_factory=dict[str, str])
+    settings: dict[str, dict[str, JsonValue]] = Field(default_factory=dict[str, dict[str, JsonValue]])
     trials: int | None = Field(default=None, ge=1)
 
 
@@ -186,7 +188,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
 def _recipes(board: Leaderboard, settings: Board) -> tuple[Recipe, Recipe]:
     """The study to tune on, and the one to report."""
     skipped = {**board.skip, **settings.skip}
-    for name in skipped:
+    for name in (*skipped, *settings.settings):
         UNLEARNERS.get(name)
     task = str(settings.recipe.get("task", "classification"))
     everything = [
@@ -194,7 +196,11 @@ def _recipes(board: Leaderboard, settings: Board) -> tuple[Recipe, Recipe]:
         for name, cls in UNLEARNERS.items()
         if {"any", task} & set(cls.card.tasks) and "-test-" not in name
     ]
-    methods = [item for item in (board.methods or everything) if _name(item) not in {*skipped, RETRAIN}]
+    methods = [
+        _told(item, settings.settings.get(_name(item), {}))
+        for item in (board.methods or everything)
+        if _name(item) not in {*skipped, RETRAIN}
+    ]
     common = {**settings.recipe, "methods": methods, "keep_models": False}
     searched = load_recipe({**common, "forget": settings.tune, "seeds": 1, "name": f"{board.name}, tuning"})
     reported = load_recipe(
@@ -205,6 +211,14 @@ def _recipes(board: Leaderboard, settings: Board) -> tuple[Recipe, Recipe]:
 
 def _name(method: Any) -> str:
     return method["name"] if isinstance(method, dict) else str(method)
+
+
+def _told(method: Any, settings: Mapping[str, Any]) -> Any:
+    """A method with what a board tells it, under its own name."""
+    if not settings:
+        return method
+    given = method if isinstance(method, dict) else {"name": method}
+    return {"label": given["name"], **given, "settings": {**given.get("settings", {}), **settings}}
 
 
 def _entry(board: Leaderboard, settings: Board, tuned: Tuned, result: StudyResult) -> dict[str, Any]:
