@@ -35,7 +35,7 @@ def test_what_is_no_space_is_refused(text):
 
 def test_every_method_but_retraining_says_where_to_search_and_can_be_built_there():
     for name, method in UNLEARNERS.items():
-        if "-test-" in name or name == "retrain":
+        if not method.__module__.startswith("palimpsest.forget.") or name == "retrain":
             continue
         assert method.card.search, f"{name} declares no search space"
         for key, space in method.card.search.items():

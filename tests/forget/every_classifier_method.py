@@ -20,6 +20,9 @@ OWN: dict[str, dict[str, Any]] = {
     "retrain": {"recipe": TrainingRecipe(epochs=1, lr=1e-4)},
     "unsir": {"noise_count": 4, "noise_steps": 1, "copies": 1},
     "influence": {"samples": 3, "alpha": 1e-3},
+    "concept-poisoning": {"poison": "none", "labels": "random"},  # patches: test_concept_poisoning.py
+    "laf": {"steps": 1, "vae_epochs": 1},
+    "laf-r": {"steps": 1, "vae_epochs": 1, "repair_steps": 1},
 }
 
 

@@ -46,12 +46,12 @@ def test_the_task_is_part_of_what_a_result_depends_on(tmp_path):
 
 def test_the_number_of_outputs_and_the_scale_come_from_the_data():
     shop = Workshop(load_recipe(SMALL))
-    assert shop._network(0).head.out_features == 1
+    assert shop.network(0).head.out_features == 1
     trained = shop.splits[0].train.column("label")
     assert shop.task.scale == pytest.approx(float(trained.std(ddof=1)), rel=1e-5)
     quantiles = {"loss": "quantile", "quantiles": [0.1, 0.5, 0.9]}
     other = Workshop(load_recipe({**SMALL, "task": {"name": "regression", "settings": quantiles}}))
-    assert other._network(0).head.out_features == 3
+    assert other.network(0).head.out_features == 3
 
 
 def test_recipes_name_the_task_shortly_or_with_settings_and_unknown_ones_are_refused():
