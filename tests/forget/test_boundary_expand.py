@@ -62,7 +62,7 @@ def test_one_step_is_descent_towards_the_extra_class(digits_task):
     expected.load_state_dict(
         {"weight": torch.cat([model.weight, fresh.weight]), "bias": torch.cat([model.bias, fresh.bias])}
     )
-    F.cross_entropy(new_row(x[:4]), torch.full((4,), 2)).backward()
+    F.cross_entropy(expected(x[:4]), torch.full((4,), 2)).backward()
     assert torch.allclose(wide.weight, expected.weight - 0.1 * expected.weight.grad, atol=1e-6)
     narrow = pal.forget(
         model, request, "boundary-expand", digits_task, epochs=1, optimizer="sgd", momentum=0.0, lr=0.1
