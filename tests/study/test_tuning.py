@@ -9,7 +9,7 @@ from palimpsest.core.search_space import Choice, Span
 from palimpsest.study.compare import compare
 from palimpsest.study.executors import LocalExecutor
 from palimpsest.study.recipe import load_recipe
-from palimpsest.study.tuning import GAPS, gap_of, load_tuned, tune, with_tuned
+from palimpsest.study.tuning import GAPS, Tried, gap_of, load_tuned, tune, with_tuned
 from tests.study.studies import tiny
 
 RECIPE = tiny(
@@ -44,8 +44,9 @@ def tuned(tmp_path_factory):
 def test_the_first_trial_is_the_defaults_and_the_best_is_no_worse(tuned):
     for item in tuned.methods.values():
         assert len(item.trials) == 4
-        assert item.gap == min(trial.gap for trial in item.trials if trial.share <= tuned.budget)
-        assert item.gap <= item.default_gap
+        best = min((trial for trial in item.trials if trial.share <= tuned.budget), key=lambda t: t.score)
+        assert (item.settings, item.gap) == (best.settings, best.gap)
+        assert best.score <= item.trials[0].score
     first = tuned.methods["gradient-ascent"].trials[0].settings
     assert first == {}
     assert all(1e-6 <= trial.settings["lr"] <= 1e-2 for trial in tuned.methods["gradient-ascent"].trials[1:])
@@ -141,3 +142,24 @@ def test_every_gap_is_measured_by_an_audit_that_runs_by_default():
     assert {key.partition(".")[0] for key in GAPS.values()} <= {
         name for name, cls in AUDITS.items() if cls.card.default
     }
+
+
+def test_accuracy_that_is_lost_beyond_damage_weighs_more_than_any_gap():
+    kept, lost = Tried(settings={}, gap=0.3), Tried(settings={}, gap=0.05, damage=0.1)
+    assert kept.score < lost.score
+    assert Tried(settings={}, reason="diverged").score == float("inf")
+
+
+def test_damage_is_what_is_lost_against_retraining(tuned, tmp_path):
+    wild = {
+        **RECIPE,
+        "methods": [{"name": "gradient-ascent", "settings": {"lr": 0.1, "stop_accuracy": None}}],
+    }
+    found = tune(wild, tmp_path / "wild", trials=1, gaps=["forget"], search={}, progress=False)
+    (trial,) = next(iter(found.methods.values())).trials
+    (cell,) = compare(wild, tmp_path / "run", progress=False).select("gradient-ascent")
+    lost = max(
+        cell.finding(key).controls[0] - cell.value(key)
+        for key in ("utility.retain_accuracy", "utility.test_accuracy")
+    )
+    assert lost > 0.3 and trial.damage == pytest.approx(lost - 0.05)

@@ -17,6 +17,7 @@ from rich.progress import track
 from sqlalchemy import URL
 
 import palimpsest
+from palimpsest.audit.verdict import DAMAGE
 from palimpsest.core.errors import InvalidRecipe, MissingDependency, UnknownName
 from palimpsest.core.search_space import Choice, Searchable
 from palimpsest.core.split import ForgetSplit
@@ -46,6 +47,9 @@ GAPS = {
 """What is compared with the retrained models, by name: the distance between the two is the gap."""
 AUDITS = {"forget": "utility", "retain": "utility", "test": "utility"}
 """Audit that measures a gap, where it is not called as the gap."""
+UTILITY = ("retain", "test")
+DAMAGE_WEIGHT = 10.0
+"""How much heavier accuracy counts that is lost beyond what a verdict calls damage: such a model is of no use."""
 TUNED = "tuned.json"
 
 
@@ -56,6 +60,7 @@ class Tried(Part):
         settings: That were tried.
         gap: Mean of the gaps over requests and seeds; None if a cell failed.
         gaps: One by one, by name.
+        damage: Retained or test accuracy lost against retraining, beyond `verdict.DAMAGE`; mean as well.
         share: Seconds as a share of retraining, mean over requests and seeds.
         reason: Why a cell failed.
     """
@@ -63,8 +68,14 @@ class Tried(Part):
     settings: dict[str, Any]
     gap: float | None = None
     gaps: dict[str, float] = Field(default_factory=dict[str, float])
+    damage: float = 0.0
     share: float | None = None
     reason: str = ""
+
+    @property
+    def score(self) -> float:
+        """What is made small: the gap, and damage `DAMAGE_WEIGHT` times; infinite if a cell failed."""
+        return math.inf if self.gap is None else self.gap + DAMAGE_WEIGHT * self.damage
 
 
 class TunedMethod(Part):
@@ -152,8 +163,9 @@ def tune(
     """Search each method's hyperparameters on the requests of a recipe, by Optuna's tree-structured Parzen estimator.
 
     Trials are cells of studies that share one store: an interrupted search goes on where it stood, and the
-    same seed gives the same trials. The first trial of a method is its defaults, so that what is found is
-    never worse than they are on the validation request. What a trial costs is not searched on, because clocks
+    same seed gives the same trials. What is made small is the mean gap, and accuracy on retained or test records
+    that is lost beyond what counts as damage, many times over (`Tried.score`). The first trial of a method is
+    its defaults, so that what is found is never worse than they are on the validation request. What a trial costs is not searched on, because clocks
     differ: among all trials the best within the budget is taken.
 
     Args:
@@ -312,14 +324,14 @@ class _Search:
             if tried.gap is None:
                 self.study.tell(self.trial, state=TrialState.FAIL)
             else:
-                self.study.tell(self.trial, tried.gap)
+                self.study.tell(self.trial, tried.score)
 
     def found(self, budget: float) -> TunedMethod:
         """The best trial within the budget, else the cheapest."""
         done = [item for item in self.tried if item.gap is not None]
         within = [item for item in done if item.share is None or item.share <= budget]
         if within:
-            best = min(within, key=lambda item: cast(float, item.gap))
+            best = min(within, key=lambda item: item.score)
         else:
             best = min(done or self.tried, key=lambda item: item.share or math.inf)
         return TunedMethod(
@@ -365,8 +377,20 @@ def _tried(method: Method, cells: Sequence[CellResult], gaps: Sequence[str]) -> 
         settings=dict(method.settings),
         gap=sum(means.values()) / len(means),
         gaps=means,
+        damage=sum(_damage(cell) for cell in cells) / len(cells),
         share=sum(shares) / len(shares) if shares else None,
     )
+
+
+def _damage(cell: CellResult) -> float:
+    """Accuracy lost on retained or test records against the controls, beyond what a verdict bears."""
+    found = [cell.finding(GAPS[part]) for part in UTILITY]
+    lost = [
+        item.control - item.value
+        for item in found
+        if item is not None and item.value is not None and item.control is not None
+    ]
+    return max(0.0, max(lost, default=0.0) - DAMAGE)
 
 
 def gap_of(cell: CellResult, gap: str) -> float | None:
