@@ -9,13 +9,15 @@ from typing import Any
 
 import yaml
 from pydantic import Field, JsonValue, ValidationError
+from sqlalchemy import URL
 
 from palimpsest.core.errors import InvalidRecipe
 from palimpsest.core.unlearner import UNLEARNERS
 from palimpsest.core.writing import check_writable, write_text
 from palimpsest.study.compare import compare
+from palimpsest.study.folder import ARTIFACTS, DATABASE
 from palimpsest.study.plan import ORIGINAL, RETRAIN
-from palimpsest.study.recipe import Recipe, load_recipe
+from palimpsest.study.recipe import Recipe, content_hash, load_recipe
 from palimpsest.study.replication import versions
 from palimpsest.study.request import Part
 from palimpsest.study.result import CellResult, Mean, StudyResult, mean_and_half_width
@@ -137,7 +139,9 @@ def run_leaderboard(
             workers=workers, progress=progress,
         )  # fmt: skip
         result = compare(
-            with_tuned(reported, tuned), folder / key / "compare", workers=workers, progress=progress
+            *_placed(with_tuned(reported, tuned), folder / key / "compare"),
+            workers=workers,
+            progress=progress,
         )
         written[key] = _entry(board, settings, tuned, result)
         ordered = {name: written[name] for name in board.boards if name in written}
@@ -207,6 +211,16 @@ def _recipes(board: Leaderboard, settings: Board) -> tuple[Recipe, Recipe]:
         {**common, "forget": settings.forget, "seeds": board.seeds, "name": f"{board.name}: {settings.title}"}
     )
     return searched, reported
+
+
+def _placed(recipe: Recipe, folder: Path) -> tuple[Recipe, Path]:
+    """The recipe with a store that all of a board's settings share, and a folder of these settings alone."""
+    database = (check_writable(folder) / DATABASE).absolute()
+    shared = {
+        "store": URL.create("sqlite", database=str(database)).render_as_string(),
+        "artifacts": str((folder / ARTIFACTS).absolute()),
+    }
+    return recipe.model_copy(update=shared), folder / content_hash(recipe.plain())
 
 
 def _name(method: Any) -> str:
