@@ -159,3 +159,16 @@ def test_a_request_after_one_that_failed_says_so(tmp_path, plugins):
 def test_requests_in_turn_need_the_models_that_are_left():
     with pytest.raises(InvalidRecipe, match="keep_models"):
         load_recipe(tiny(in_turn=True, keep_models=False))
+
+
+def test_knowledge_that_is_hardly_known_does_not_count_as_coming_back(finished):
+    cells = [cell for cell in finished.select("gradient-ascent") if cell.seeds["training"] == 0]
+    wide = []
+    for cell in cells:
+        findings = tuple(
+            replace(item, k_low=-1.0, k_high=2.0) if item.key == "utility.forget_accuracy" else item
+            for item in cell.report.findings
+        )
+        wide.append(replace(cell, report=replace(cell.report, findings=findings)))
+    assert np.isfinite(matrix(cells, "utility.forget_accuracy").at_the_end).all()
+    assert np.isnan(matrix(wide, "utility.forget_accuracy").scores).all()

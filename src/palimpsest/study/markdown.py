@@ -16,12 +16,14 @@ def to_markdown(result: StudyResult) -> str:
     if in_turn(result):
         lines += ["## From the first request to the last", "", *_turns(result), ""]
     request = ""
-    for item in result.summary():
+    summaries = result.summary()
+    columns = [*(name for name in COLUMNS if any(name in item.means for item in summaries)), SHARE]
+    for item in summaries:
         if item.request != request:
             request = item.request
-            lines += [f"## {request}", "", _row("method", "verdicts", *COLUMNS, SHARE)]
-            lines += ["|---|---|" + "---:|" * (len(COLUMNS) + 1)]
-        figures = [shown(heading, item.means) for heading in (*COLUMNS, SHARE)]
+            lines += [f"## {request}", "", _row("method", "verdicts", *columns)]
+            lines += ["|---|---|" + "---:|" * len(columns)]
+        figures = [shown(heading, item.means) for heading in columns]
         lines.append(_row(item.label, verdicts_of(item), *figures))
     return "\n".join(lines) + "\n"
 

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 TEST, FORGET = "utility.test_accuracy", "utility.forget_accuracy"
+WIDEST = 1.0
+"""A K whose 95 % interval is wider cannot tell retrained from untouched, and its rise and fall is chance."""
 HEADINGS = {
     "test first": "test accuracy after the first request",
     "test last": "test accuracy after the last request",
-    "K in time": "knowledge K of the requests' records right after each request, mean",
+    "K in time": "knowledge K of the requests' records right after each request, mean where it is known well",
     "K at the end": "the same of all but the last request, after the last",
     "re-emergence": "largest rise of K of one request from its time to the end",
 }
@@ -76,17 +78,25 @@ def matrix(cells: Sequence[CellResult], finding: str, scaled: bool = True) -> Sc
     Args:
         cells: Of one method and seed.
         finding: Its key ("utility.forget_accuracy").
-        scaled: Whether K is taken instead of the value; NaN where its probe is invalid.
+        scaled: Whether K is taken instead of the value; NaN where its probe is invalid, or its interval wider
+            than `WIDEST`.
     """
     done = [(cell, cell.report.facts) for cell in cells if cell.report is not None]
     order = {cell.request: facts["step"] for cell, facts in done if not facts["review"]}
     steps = 1 + max(order.values(), default=0)
     scores = np.full((steps, steps), np.nan)
     for cell, facts in done:
-        found = cell.k(finding) if scaled else cell.value(finding)
+        found = _certain_k(cell, finding) if scaled else cell.value(finding)
         step = order.get(cell.request.removesuffix(", at the end"), facts["step"])
         scores[-1 if facts["review"] else step, step] = np.nan if found is None else found
     return ScoreMatrix(scores)
+
+
+def _certain_k(cell: CellResult, finding: str) -> float | None:
+    found = cell.finding(finding)
+    if found is None or found.k is None or found.k_low is None or found.k_high is None:
+        return None
+    return found.k if found.k_high - found.k_low <= WIDEST else None
 
 
 def turns_of(result: StudyResult) -> list[Turns]:
