@@ -77,6 +77,8 @@ def settings_of(method: str) -> dict[str, Any]:
     known = {item.name for item in fields(UNLEARNERS.get(method))}  # pyright: ignore[reportArgumentType]
     if method == "retrain":
         return {"recipe": TrainingRecipe()}
+    if method == "concept-poisoning":  # patches at random places; concepts would have to be named
+        return {"poison": "random", "donor": 9}
     return {"stop_accuracy": None, "clip": 1.0} if "stop_accuracy" in known else {}
 
 
