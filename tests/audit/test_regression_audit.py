@@ -266,20 +266,22 @@ def test_the_verdict_on_models_whose_truth_is_known(tables):
         report = examine(evidence.judging(judged), ALL)
         assert report.verdict == expected, (expected, report.verdict, report.reasons)
     same = examine(evidence.judging(planted.noisy(model, 1e-5)), ALL)
-    errors = same.finding("regression.forget_mae")
     assert same.verdict == "intact"
-    assert errors.k == pytest.approx(1, abs=0.05) if errors.valid else errors.k is None
 
 
+@pytest.mark.parametrize("tables", ["diabetes"], indirect=True)
+def test_a_change_that_nobody_notices_leaves_the_errors_where_the_original_has_them(tables):
+    evidence, _ = tables
+    report = examine(evidence.judging(planted.noisy(evidence.original, 1e-5)), ["regression"])
+    assert report.finding("regression.forget_mae").k == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("tables", ["diabetes"], indirect=True)
 def test_halfway_is_incomplete_and_the_methods_lie_in_between(tables):
     evidence, _ = tables
     halfway = Mean(evidence.original, evidence.controls[0])
     report = examine(evidence.judging(halfway), ["regression"])
-    valid = [item for item in report.findings if item.valid and item.bears in ("outputs", "lineage")]
-    if any((item.k_low or 0) > 0 for item in valid):
-        assert report.verdict == "incomplete", report.reasons
-    else:  # on Auto MPG half of the way lies within what retrained models spread
-        assert evidence.split.forget.ids[0].startswith("car") and report.verdict != "intact", report.reasons
+    assert report.verdict == "incomplete", report.reasons
     settings = {"epochs": 3, "batch_size": 64}
     blindspot = pal.forget(evidence.original, evidence.split, "blindspot", evidence.task, **settings)
     tuned = pal.forget(evidence.original, evidence.split, "finetune", evidence.task, epochs=1, lr=1e-3)
