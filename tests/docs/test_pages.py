@@ -240,3 +240,18 @@ def test_the_makefile_and_the_ci_can_be_read():
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
     assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"]).returncode == 0
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_the_page_on_speed_describes_the_workload_that_the_benchmark_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import importlib
+
+    workload = importlib.import_module("methods")
+    page = " ".join((ROOT / "docs" / "results" / "speed.md").read_text().split())
+    shape = " x ".join(map(str, workload.SHAPE))
+    assert f"channels {workload.WIDTH} and {2 * workload.WIDTH}" in page
+    assert f"{workload.RECORDS} training records of {shape}" in page
+    assert f"retraining for {workload.TrainingRecipe().epochs} epochs" in page
+    rows = [line.split("|")[1].strip() for line in (ROOT / "docs" / "results" / "speed.md").read_text().splitlines()
+            if line.startswith("| ")]  # fmt: skip
+    assert set(workload.METHODS) <= set(rows)

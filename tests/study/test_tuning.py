@@ -9,7 +9,8 @@ from palimpsest.core.search_space import Choice, Span
 from palimpsest.study.compare import compare
 from palimpsest.study.executors import LocalExecutor
 from palimpsest.study.recipe import load_recipe
-from palimpsest.study.tuning import GAPS, Tried, gap_of, load_tuned, tune, with_tuned
+from palimpsest.study.tuned import Tried, load_tuned, with_tuned
+from palimpsest.study.tuning import GAPS, gap_of, tune
 from tests.study.studies import tiny
 
 RECIPE = tiny(

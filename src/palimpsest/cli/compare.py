@@ -133,7 +133,7 @@ def command(
     from palimpsest.study.compare import compare
     from palimpsest.study.markdown import to_markdown
     from palimpsest.study.recipe import load_recipe
-    from palimpsest.study.tuning import load_tuned, with_tuned
+    from palimpsest.study.tuned import load_tuned, with_tuned
 
     said = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     whole = load_recipe(recipe or {}, [*said, *(change or [])])

@@ -93,7 +93,8 @@ def command(
     }
     import_modules(imports)
     spaces = _spaces(search or [])
-    from palimpsest.study.tuning import GAPS, TUNED, tune
+    from palimpsest.study.tuned import TUNED
+    from palimpsest.study.tuning import GAPS, tune
 
     said = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     tuned = tune(

@@ -21,7 +21,8 @@ from palimpsest.study.recipe import Recipe, content_hash, load_recipe
 from palimpsest.study.replication import versions
 from palimpsest.study.request import Part
 from palimpsest.study.result import CellResult, Mean, StudyResult, mean_and_half_width
-from palimpsest.study.tuning import GAPS, Tuned, gap_of, tune, with_tuned
+from palimpsest.study.tuned import Tuned, with_tuned
+from palimpsest.study.tuning import GAPS, gap_of, tune
 from palimpsest.study.yaml_text import read_yaml
 
 COLUMNS = {

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from palimpsest.core.errors import InvalidLabels, ModelMismatch, NonFinite
-from palimpsest.core.modes import evaluating
+from palimpsest.core.errors import InvalidLabels, ModelMismatch
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.task import Observation
 from palimpsest.parts.activations import capture, features_with_graph
+from palimpsest.tasks._checking import check_inputs, first_outputs
 from palimpsest.tasks.registry import task
 
 
@@ -92,15 +92,8 @@ class Classification:
             records = records.without(self.label)
         batch = records.batch(np.arange(min(8, len(records))), self.collate)
         self._check_fields(batch, labels)
-        self._check_inputs(batch, records)
-        place = next(iter(model.parameters()), torch.empty(0)).device
-        moved = {key: value.to(place) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        try:
-            with torch.no_grad(), evaluating(model):
-                logits = self.logits(model, moved)
-        except (RuntimeError, ValueError, TypeError, IndexError) as problem:
-            shape = tuple(batch[self.input].shape) if isinstance(batch[self.input], Tensor) else "no tensor"
-            raise ModelMismatch(f"The model fails on a batch of shape {shape}: {problem}") from problem
+        check_inputs(self.input, batch, records)
+        logits = first_outputs(model, batch, self.input, lambda moved: self.logits(model, moved))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(batch["id"]):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelMismatch(
@@ -129,14 +122,6 @@ class Classification:
                 raise kind(
                     f"Records have no field '{name}' (they have {have}): set Classification({role}=...)."
                 )
-
-    def _check_inputs(self, batch: Batch, records: Records) -> None:
-        tensors = records.tensors
-        inputs = tensors[self.input] if tensors else batch[self.input]
-        if isinstance(inputs, Tensor) and inputs.is_floating_point() and not torch.isfinite(inputs).all():
-            finite = torch.isfinite(inputs).flatten(1).all(1)
-            names = np.asarray(records.ids, dtype=object)[: len(inputs)][~finite.cpu().numpy()]
-            raise NonFinite(f"{len(names)} records hold NaN or Inf inputs, the first with id {names[0]!r}.")
 
     def _check_labels(self, records: Records, batch: Batch, classes: int) -> None:
         if records.has_column("label") and self.label == "label":

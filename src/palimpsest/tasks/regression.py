@@ -22,10 +22,10 @@ from palimpsest.core.errors import (
     NonFinite,
     shorten,
 )
-from palimpsest.core.modes import evaluating
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.task import Observation
 from palimpsest.parts.activations import capture, features_with_graph
+from palimpsest.tasks._checking import check_inputs, first_outputs
 from palimpsest.tasks.registry import task
 
 LOSSES = ("mse", "mae", "huber", "quantile")
@@ -219,7 +219,7 @@ class Regression:
             raise ModelMismatch(
                 f"Records have no field '{self.input}' (they have {have}): set Regression(input=...)."
             )
-        self._check_inputs(batch, records)
+        check_inputs(self.input, batch, records)
         outputs = self._outputs(model, batch)
         if not labels:
             return
@@ -272,25 +272,10 @@ class Regression:
             raise NonFinite(f"{len(names)} records hold NaN or Inf as target: {shorten(names)}.")
         return targets
 
-    def _check_inputs(self, batch: Batch, records: Records) -> None:
-        tensors = records.tensors
-        inputs = tensors[self.input] if tensors else batch[self.input]
-        if isinstance(inputs, Tensor) and inputs.is_floating_point() and not torch.isfinite(inputs).all():
-            finite = torch.isfinite(inputs).flatten(1).all(1)
-            names = np.asarray(records.ids, dtype=object)[: len(inputs)][~finite.cpu().numpy()]
-            raise NonFinite(f"{len(names)} records hold NaN or Inf inputs, the first with id {names[0]!r}.")
-
     def _outputs(self, model: nn.Module, batch: Batch) -> int:
         """Number of outputs of the model, checked on a batch."""
-        place = next(iter(model.parameters()), torch.empty(0)).device
-        moved = {key: value.to(place) if isinstance(value, Tensor) else value for key, value in batch.items()}
         n = len(batch["id"])
-        try:
-            with torch.no_grad(), evaluating(model):
-                given = model(moved[self.input])
-        except (RuntimeError, ValueError, TypeError, IndexError) as problem:
-            shape = tuple(batch[self.input].shape) if isinstance(batch[self.input], Tensor) else "no tensor"
-            raise ModelMismatch(f"The model fails on a batch of shape {shape}: {problem}") from problem
+        given = first_outputs(model, batch, self.input, lambda moved: model(moved[self.input]))
         given = getattr(given, "logits", given)
         lone = isinstance(given, Tensor) and given.dim() == 0 and n == 1
         if not lone and (not isinstance(given, Tensor) or given.dim() not in (1, 2) or len(given) != n):

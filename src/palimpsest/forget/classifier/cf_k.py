@@ -12,6 +12,7 @@ from torch import nn
 
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed
 from palimpsest.core.needs import Need
+from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
@@ -22,6 +23,7 @@ from palimpsest.parts.pairing import shuffled
 from palimpsest.parts.parameters import only_trainable
 from palimpsest.parts.training import TrainingRecipe, step
 
+Schedule = Literal["warm-restarts", "constant"]
 PAPER = Paper("Towards Adversarial Evaluations for Inexact Machine Unlearning", "arXiv 2022", "2201.06640")
 
 
@@ -66,7 +68,7 @@ class CFk:
     layers: tuple[str, ...] = ()
     lr: float = 0.05
     lowest_lr: float = 0.005
-    schedule: Literal["warm-restarts", "constant"] = "warm-restarts"
+    schedule: Schedule = "warm-restarts"
     epochs: int = 15
     batch_size: int = 64
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -75,12 +77,7 @@ class CFk:
 
     def __post_init__(self) -> None:
         _ = self.recipe
-        check_range("k", self.k, 1, float("inf"))
-        check_range("lowest_lr", self.lowest_lr, 0, float("inf"))
-        if self.schedule not in ("warm-restarts", "constant"):
-            raise InvalidHyperparameter(
-                f"schedule must be 'warm-restarts' or 'constant', not {self.schedule!r}."
-            )
+        check_schedule(self.k, self.lowest_lr, self.schedule)
 
     @property
     def recipe(self) -> TrainingRecipe:
@@ -102,17 +99,43 @@ class CFk:
             raise MissingNeed("CF-k needs the retained records.")
         student = runtime.place(copy.deepcopy(model))
         names = parameters_to_train(student, self.k, self.layers)
-        order = runtime.generator("cf-k order")
-        steps = -(-len(split.retain) // self.batch_size)
         train_only(student, names)
         with only_trainable(student, names), runtime.seeded("cf-k"):
-            optimizer = self.recipe.build_optimizer(student)
-            for epoch in runtime.track(range(self.epochs), "cf-k"):
-                for index, batch in enumerate(shuffled(split.retain, task, runtime, self.batch_size, order)):
-                    if self.schedule == "warm-restarts":
-                        set_lr(optimizer, warm_restart(epoch + index / steps, self.lr, self.lowest_lr))
-                    step(student, optimizer, task.loss_per_example(student, batch).mean(), batch)
+            descend(student, split.retain, task, runtime, self.recipe, self.schedule, self.lowest_lr, "cf-k")
         return student.eval()
+
+
+def descend(
+    student: nn.Module,
+    retain: Records,
+    task: Task,
+    runtime: Runtime,
+    recipe: TrainingRecipe,
+    schedule: Schedule,
+    lowest_lr: float,
+    name: str,
+) -> None:
+    """The loop of CF-k and EU-k, in place: descent on the mean retained loss under the schedule."""
+    order = runtime.generator(f"{name} order")
+    steps = -(-len(retain) // recipe.batch_size)
+    optimizer = recipe.build_optimizer(student)
+    for epoch in runtime.track(range(recipe.epochs), name):
+        for index, batch in enumerate(shuffled(retain, task, runtime, recipe.batch_size, order)):
+            if schedule == "warm-restarts":
+                set_lr(optimizer, warm_restart(epoch + index / steps, recipe.lr, lowest_lr))
+            step(student, optimizer, task.loss_per_example(student, batch).mean(), batch)
+
+
+def check_schedule(k: int, lowest_lr: float, schedule: str) -> None:
+    """Check the settings that CF-k and EU-k share.
+
+    Raises:
+        InvalidHyperparameter: For a value out of range.
+    """
+    check_range("k", k, 1, float("inf"))
+    check_range("lowest_lr", lowest_lr, 0, float("inf"))
+    if schedule not in ("warm-restarts", "constant"):
+        raise InvalidHyperparameter(f"schedule must be 'warm-restarts' or 'constant', not {schedule!r}.")
 
 
 def warm_restart(progress: float, highest: float, lowest: float) -> float:

@@ -9,18 +9,17 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from palimpsest.core.errors import InvalidHyperparameter, MissingNeed
+from palimpsest.core.errors import MissingNeed
 from palimpsest.core.needs import Need
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
-from palimpsest.core.unlearner import check_range, unlearner
-from palimpsest.forget.classifier.cf_k import PAPER, set_lr, warm_restart
+from palimpsest.core.unlearner import unlearner
+from palimpsest.forget.classifier.cf_k import PAPER, Schedule, check_schedule, descend
 from palimpsest.parts.last_layers import draw_anew, parameters_to_train, put_back, train_only
-from palimpsest.parts.pairing import shuffled
 from palimpsest.parts.parameters import only_trainable
-from palimpsest.parts.training import TrainingRecipe, step
+from palimpsest.parts.training import TrainingRecipe
 
 
 @unlearner(
@@ -65,7 +64,7 @@ class EUk:
     initial: nn.Module | Mapping[str, Tensor] | None = None
     lr: float = 0.05
     lowest_lr: float = 0.005
-    schedule: Literal["warm-restarts", "constant"] = "warm-restarts"
+    schedule: Schedule = "warm-restarts"
     epochs: int = 15
     batch_size: int = 64
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -74,12 +73,7 @@ class EUk:
 
     def __post_init__(self) -> None:
         _ = self.recipe
-        check_range("k", self.k, 1, float("inf"))
-        check_range("lowest_lr", self.lowest_lr, 0, float("inf"))
-        if self.schedule not in ("warm-restarts", "constant"):
-            raise InvalidHyperparameter(
-                f"schedule must be 'warm-restarts' or 'constant', not {self.schedule!r}."
-            )
+        check_schedule(self.k, self.lowest_lr, self.schedule)
 
     @property
     def recipe(self) -> TrainingRecipe:
@@ -102,20 +96,13 @@ class EUk:
             raise MissingNeed("EU-k needs the retained records.")
         student = runtime.place(copy.deepcopy(model))
         names = parameters_to_train(student, self.k, self.layers)
-        order = runtime.generator("eu-k order")
-        steps = -(-len(split.retain) // self.batch_size)
         train_only(student, names)
         with only_trainable(student, names), runtime.seeded("eu-k"):
             if self.initial is None:
                 draw_anew(student, names)
             else:
                 put_back(student, names, self._initial_weights(self.initial))
-            optimizer = self.recipe.build_optimizer(student)
-            for epoch in runtime.track(range(self.epochs), "eu-k"):
-                for index, batch in enumerate(shuffled(split.retain, task, runtime, self.batch_size, order)):
-                    if self.schedule == "warm-restarts":
-                        set_lr(optimizer, warm_restart(epoch + index / steps, self.lr, self.lowest_lr))
-                    step(student, optimizer, task.loss_per_example(student, batch).mean(), batch)
+            descend(student, split.retain, task, runtime, self.recipe, self.schedule, self.lowest_lr, "eu-k")
         return student.eval()
 
     @staticmethod
