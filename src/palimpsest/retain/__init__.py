@@ -1,0 +1,1 @@
+"""Continual learning: learners that retain what they know while they learn."""

@@ -1,0 +1,1 @@
+"""Published benchmarks: data format, protocol and score."""
