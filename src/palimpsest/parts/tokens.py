@@ -6,7 +6,6 @@ position t - 1 predict the label at position t, so the first label is never scor
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +30,7 @@ def token_losses(logits: Logits, labels: Labels) -> TokenLosses:
     """-log p of every labelled token after those before it, in nats; 0 where there is no label.
 
     Example:
+        >>> import torch
         >>> logits = torch.zeros(1, 3, 4)
         >>> token_losses(logits, torch.tensor([[IGNORED, 2, IGNORED]]))
         tensor([[1.3863, 0.0000]])
