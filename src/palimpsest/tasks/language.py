@@ -84,9 +84,9 @@ class Language:
         if self.tokenizer != "data":
             _ = self.encoder
             return self
-        from palimpsest.parts.tokenizers import byte_pairs
+        from palimpsest.parts.byte_pairs import byte_pair_tokenizer
 
-        return replace(self, tokenizer=byte_pairs(texts_of(train), self.vocabulary))
+        return replace(self, tokenizer=byte_pair_tokenizer(texts_of(train), self.vocabulary))
 
     def outputs(self, records: Records) -> int:
         """Number of outputs of a model for this task: the size of the vocabulary."""
@@ -142,18 +142,19 @@ class Language:
 
     def _pair(self, question: str, answer: str) -> tuple[list[int], int]:
         prompt, completed = self.prompt(question), self.form.complete(answer)
+        if not answer.strip():
+            return prompt, len(prompt)
         whole = self.tokens(self.form.render(question) + completed, first=True)
-        if whole[: len(prompt)] != prompt or (completed and len(whole) <= len(prompt)):
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
             whole = [*prompt, *self.tokens(completed)]
-        if len(whole) > len(prompt):
-            whole = [*whole, *self.tokens(self.form.ending)]
-        return whole, len(prompt)
+        return [*whole, *self.tokens(self.form.ending)], len(prompt)
 
     def _text(self, text: str) -> tuple[list[int], int]:
-        ending = [self.encoder.eos_token_id] if self.encoder.eos_token_id is not None else []
-        tokens = self.tokens(text, first=True)
-        beginning = self.encoder.bos_token_id
-        return [*tokens, *ending], int(bool(tokens) and tokens[0] == beginning)
+        tokens, end = self.tokens(text, first=True), self.encoder.eos_token_id
+        prompt = int(tokens[:1] == [self.encoder.bos_token_id])
+        if not text.strip() or end is None:
+            return tokens, prompt if text.strip() else len(tokens)
+        return [*tokens, end], prompt
 
     def tokens(self, text: str, first: bool = False) -> list[int]:
         """Tokens of a text; the first of a sequence begins with the beginning token, if there is one."""
@@ -303,7 +304,7 @@ class Language:
                 f"Record {name!r} has neither a text nor a question and an answer as texts (it has {have})."
             )
         ids, start = self.encode(item.get("question"), _answer(item))
-        if len(ids) <= max(start, 1) - (item.get("question") is None and start == 0):
+        if len(ids) <= max(start, 1):
             raise InvalidLabels(f"The answer of record {name!r} tokenizes to nothing: {_answer(item)!r}.")
         if len(ids) > longest:
             what = "The question" if start >= longest else "The record"
