@@ -44,7 +44,7 @@ Loss = Float[Tensor, ""]
 
 
 def weighted(forget: Loss, retain: Loss | None = None, gamma: float = 1.0, alpha: float = 1.0) -> Loss:
-    """gamma * forget + alpha * retain: what all methods but PDU minimise."""
+    """The sum gamma * forget + alpha * retain: what all methods but PDU minimise."""
     return gamma * forget if retain is None else gamma * forget + alpha * retain
 
 

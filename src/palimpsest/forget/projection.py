@@ -26,12 +26,14 @@ Vector = Float[Tensor, " dim"]
 Basis = Float[Tensor, "rank dim"]
 """Orthonormal rows."""
 
+_NOISE = 1e-5
+
 
 # The metric of Adam
 
 
 def adam_metric(second_moment: Vector, step: int, beta2: float = 0.999, eps: float = 1e-8) -> Vector:
-    """h = sqrt(v / (1 - beta2^t)) + eps, the denominator of Adam's step, with which it measures lengths.
+    """Denominator of Adam's step, h = sqrt(v / (1 - beta2^t)) + eps: its measure of lengths.
 
     Args:
         second_moment: v, Adam's `exp_avg_sq`.
@@ -83,7 +85,9 @@ def orthonormal_basis(vectors: Sequence[Vector], tolerance: float = 1e-6) -> Bas
         NonFinite: If one holds NaN or Inf: it must never enter the basis.
     """
     if not vectors:
-        raise InvalidHyperparameter("A basis needs at least one vector; pass a zero vector to protect nothing.")
+        raise InvalidHyperparameter(
+            "A basis needs at least one vector; pass a zero vector to protect nothing."
+        )
     if len({tuple(vector.shape) for vector in vectors}) > 1 or vectors[0].dim() != 1:
         raise ModelMismatch(
             f"Flat vectors of one length are needed, not {[tuple(vector.shape) for vector in vectors]}."
@@ -119,7 +123,9 @@ def _without(vector: Vector, basis: Basis) -> Vector:
 # Updates
 
 
-def disentangled(forget: Vector, retain: Vector, basis: Basis, gamma: float = 1.0, alpha: float = 1.0) -> Vector:
+def disentangled(
+    forget: Vector, retain: Vector, basis: Basis, gamma: float = 1.0, alpha: float = 1.0
+) -> Vector:
     """Pure GU: gamma * normal part of the forget gradient + alpha * retain gradient, all whitened.
 
     The retain gradient is added whole: it lies in the span, and lowers the retain loss.
@@ -139,9 +145,10 @@ def jointly_disentangled(
     """The paper's joint variant: tangential components that help both losses are kept as well.
 
     gamma * (normal + s * kept) + beta_rep * retain within the span. A component along a basis vector is kept
-    where its product with that of the retain gradient exceeds tau; s = min(1, kappa |normal| / |kept|). The
-    signs depend on the basis, not on its span alone; with the current retain gradient first, all others are
-    normal to it, and only components along the first vector can be kept at tau = 0.
+    where its product with that of the retain gradient exceeds tau; s = min(1, kappa |normal| / |kept|). So
+    the result depends on the basis, not on its span alone: where the current retain gradient comes first, all
+    others are normal to it, and only the component along the first can be kept. Components of the retain
+    gradient that are rounding noise (1e-5 of its length) count as zero, or their signs would decide.
 
     Args:
         forget: Whitened.
@@ -159,6 +166,7 @@ def jointly_disentangled(
     check_range("kappa", kappa, 0, float("inf"))
     normal, _ = decompose(forget, basis)
     a, b = basis @ forget, basis @ retain
+    b = torch.where(b.abs() > _NOISE * retain.norm(), b, 0.0)
     kept = torch.where(a * b > tau, a, 0.0) @ basis
     size = kept.norm()
     share = torch.where(size > 0, (kappa * normal.norm() / size).clamp(max=1.0), 0.0)

@@ -47,9 +47,9 @@ class Correction:
 def corrected_step(
     proposed: Vector, gradients: Constraints, metric: Vector | None = None, equality: bool = False
 ) -> Correction:
-    """argmin 1/2 (d - proposed)^T M (d - proposed) subject to g^T d <= 0 for every gradient g.
+    """The step nearest to a proposed one that no protected loss rises along, to first order.
 
-    d = proposed - M^-1 G lambda; lambda is found in double precision by trying active sets, smallest first.
+    argmin 1/2 (d - proposed)^T M (d - proposed) subject to g^T d <= 0 for every gradient g. In closed form d = proposed - M^-1 G lambda; lambda is found in double precision by trying active sets, smallest first.
 
     Args:
         proposed: Parameters after the step - before it.

@@ -97,9 +97,7 @@ def trace_fact(
         found = FactTrace(predicted, float(clean[predicted]), float(corrupted[0]), subject)
         for kind in kinds:
             columns = [
-                _corrupted(
-                    model, anatomy, tokens, subject, noise, len(tokens), names, predicted
-                )
+                _corrupted(model, anatomy, tokens, subject, noise, len(tokens), names, predicted)
                 for names in _restored(model, anatomy, kind, window)
             ]
             found.scores[kind] = torch.stack(columns, 1)
@@ -185,7 +183,9 @@ def _restoring(model: nn.Module, name: str, positions: range, samples: int) -> G
         handle.remove()
 
 
-def _next_probabilities(model: nn.Module, tokens: Int[Tensor, "rows tokens"]) -> Float[Tensor, "rows vocabulary"]:
+def _next_probabilities(
+    model: nn.Module, tokens: Int[Tensor, "rows tokens"]
+) -> Float[Tensor, "rows vocabulary"]:
     output = model(input_ids=tokens)
     logits = output if isinstance(output, Tensor) else output.logits
     return logits[:, -1].float().softmax(-1)
@@ -233,7 +233,9 @@ def token_range(ends: Sequence[int], start: int, stop: int) -> Span:
     begin = next((i for i, end in enumerate(ends) if end > start), None)
     last = next((i for i, end in enumerate(ends) if end >= stop), None)
     if begin is None or last is None or stop <= start:
-        raise InvalidRecords(f"No tokens cover characters {start} to {stop}: they end at {max(ends, default=0)}.")
+        raise InvalidRecords(
+            f"No tokens cover characters {start} to {stop}: they end at {max(ends, default=0)}."
+        )
     return begin, last + 1
 
 
@@ -306,7 +308,9 @@ def concentrated_layers(effect: Float[Tensor, " layers"], count: int) -> range:
 def _check(tokens: Tensor, subject: Span, noise: Noise, window: int, kinds: Sequence[str]) -> None:
     begin, end = subject
     if tokens.dim() != 1 or not 0 <= begin < end <= len(tokens):
-        raise InvalidHyperparameter(f"Subject tokens {begin} to {end} lie outside a prompt {tuple(tokens.shape)}.")
+        raise InvalidHyperparameter(
+            f"Subject tokens {begin} to {end} lie outside a prompt {tuple(tokens.shape)}."
+        )
     if noise.dim() != 3 or len(noise) < 1 or noise.shape[1] != end - begin:
         raise InvalidHyperparameter(
             f"Noise must be [samples, {end - begin}, dim] with at least one sample, not {tuple(noise.shape)}."

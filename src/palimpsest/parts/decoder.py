@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from palimpsest.core.errors import InvalidHyperparameter, ModelMismatch, UnknownName
+from palimpsest.core.errors import InvalidHyperparameter, ModelMismatch
 from palimpsest.core.unlearner import check_range
 from palimpsest.parts.parameters import unwrapped
 
@@ -95,9 +95,7 @@ def block_parameters(model: nn.Module, layers: Collection[int], part: BlockPart 
     blocks = decoder_of(model).blocks
     outside = sorted(layer for layer in layers if not 0 <= layer < len(blocks))
     if outside or not layers:
-        raise InvalidHyperparameter(
-            f"Layers {sorted(layers)}: choose one or more of 0 to {len(blocks) - 1}."
-        )
+        raise InvalidHyperparameter(f"Layers {sorted(layers)}: choose one or more of 0 to {len(blocks) - 1}.")
     if part not in (*_PARTS, "all"):
         raise InvalidHyperparameter(f"part must be 'mlp', 'attention' or 'all', not {part!r}.")
     roots = [blocks[i] if part == "all" else part_of(model, blocks[i], part) for i in sorted(layers)]
@@ -107,7 +105,9 @@ def block_parameters(model: nn.Module, layers: Collection[int], part: BlockPart 
         if any(name.startswith(f"{root}.") for root in roots)
     ]
     if not found:
-        raise InvalidHyperparameter(f"{part} of layers {sorted(layers)} holds no parameters: nothing would move.")
+        raise InvalidHyperparameter(
+            f"{part} of layers {sorted(layers)} holds no parameters: nothing would move."
+        )
     return found
 
 
@@ -123,17 +123,16 @@ def truncated(model: nn.Module, layers: int) -> nn.Module:
 
     Raises:
         InvalidHyperparameter: If the stack has not as many.
-        UnknownName: Never for models whose stack `decoder_of` finds.
     """
     model = unwrapped(model)
     decoder = decoder_of(model)
     check_range("layers", layers, 1, len(decoder.blocks))
     stack = model.get_submodule(decoder.stack)
-    if not isinstance(stack, nn.ModuleList):
-        raise UnknownName("list of blocks", decoder.stack, dict(model.named_modules()))
-    short = nn.ModuleList(copy.deepcopy(stack[i]) for i in range(layers))
+    copies: dict[int, Any] = {}
+    short = nn.ModuleList(copy.deepcopy(block, copies) for block in list(stack.children())[:layers])
     short.training = stack.training
-    copied = copy.deepcopy(model, {id(stack): short})
+    copies[id(stack)] = short
+    copied = copy.deepcopy(model, copies)
     config = getattr(copied, "config", None)
     for key in ("num_hidden_layers", "n_layer", "num_layers"):
         if hasattr(config, key):

@@ -19,7 +19,7 @@ AnyLogits = Float[Tensor, "*rows vocabulary"]
 
 
 def whp_logits(base: AnyLogits, reinforced: AnyLogits, alpha: float = 1.0) -> AnyLogits:
-    """base - alpha * relu(reinforced - base): lower what a model that knows the text too well raises.
+    """Lower what a model that knows the text too well raises: base - alpha * relu(reinforced - base).
 
     Eldan and Russinovich 2023, "Who's Harry Potter?", arXiv 2310.02238, equation 1.
 
@@ -41,7 +41,7 @@ def logit_difference(
     excluded: Literal["keep", "exclude"] = "keep",
     as_released: bool = False,
 ) -> AnyLogits:
-    """target - alpha * assistant, for an assistant that remembers what is to be forgotten (ULD).
+    """Subtract an assistant that remembers what is to be forgotten: target - alpha * assistant (ULD).
 
     Ji et al. 2024, arXiv 2406.08607.
 
@@ -66,10 +66,8 @@ def logit_difference(
     return torch.where(eligible(target, relative_top, as_released), combined, left)
 
 
-def offset_logits(
-    target: AnyLogits, tuned: AnyLogits, untuned: AnyLogits, weight: float = 1.0
-) -> AnyLogits:
-    """target + weight * (tuned - untuned): what unlearning did to a small model, carried to a large one.
+def offset_logits(target: AnyLogits, tuned: AnyLogits, untuned: AnyLogits, weight: float = 1.0) -> AnyLogits:
+    """What unlearning did to a small model, carried to a large one: target + weight * (tuned - untuned).
 
     Huang et al. 2024, "Offset Unlearning", arXiv 2404.11045.
     """
@@ -78,7 +76,9 @@ def offset_logits(
     return target + weight * (tuned - untuned)
 
 
-def eligible(logits: AnyLogits, relative_top: float, as_released: bool = False) -> Bool[Tensor, "*rows vocabulary"]:
+def eligible(
+    logits: AnyLogits, relative_top: float, as_released: bool = False
+) -> Bool[Tensor, "*rows vocabulary"]:
     """Tokens that are likely enough: log p at least `relative_top_threshold`."""
     return logits.log_softmax(-1) >= relative_top_threshold(logits, relative_top, as_released)
 

@@ -28,7 +28,9 @@ def _loss(inputs: Data, params: Data) -> Data:
     forget, template = (
         torch.tensor(inputs[f"{side}_logits"], requires_grad=True) for side in ("forget", "template")
     )
-    forget_labels, template_labels = (torch.tensor(inputs[f"{side}_labels"]) for side in ("forget", "template"))
+    forget_labels, template_labels = (
+        torch.tensor(inputs[f"{side}_labels"]) for side in ("forget", "template")
+    )
     losses, gradients = {}, {}
     for name in params["divergences"]:
         loss = flat_loss(forget, forget_labels, template, template_labels, _divergence(name), "padded")

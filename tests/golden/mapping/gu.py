@@ -35,9 +35,7 @@ def _surgery(inputs: Data, params: Data) -> Data:
         found[name] = {
             "coefficient": surgery.coefficient,
             "conflict": surgery.conflict,
-            "projected": [
-                part.view(like.shape).tolist() for part, like in zip(parts, forget, strict=True)
-            ],
+            "projected": [part.view(like.shape).tolist() for part, like in zip(parts, forget, strict=True)],
         }
     return found
 

@@ -159,9 +159,7 @@ def _eco(inputs: Data, params: Data) -> Data:
         )
     return {
         "corrupted": {
-            theirs: corruption.corrupt(
-                embeddings, tokens, ours, params["dims"], params["strength"]
-            ).tolist()
+            theirs: corruption.corrupt(embeddings, tokens, ours, params["dims"], params["strength"]).tolist()
             for theirs, ours in CORRUPTIONS.items()
         },
         "target_labels": corruption.carry_labels(

@@ -19,7 +19,7 @@ State = Mapping[str, Tensor]
 def negate_task_vector(
     target: State, reinforced: State, base: State | None = None, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """target - scale * (reinforced - base), tensor by tensor; integer and boolean tensors are the target's.
+    """Weights target - scale * (reinforced - base); integer and boolean tensors are the target's.
 
     Computed in single precision at least, and given in the target's. Nothing is shared with the inputs.
 

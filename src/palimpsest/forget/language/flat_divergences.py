@@ -103,7 +103,9 @@ def mean_probability(
     counts = token_counts(labels)
     if counts.numel() == 0 or bool((counts == 0).any()):
         rows = torch.nonzero(counts == 0).flatten().tolist()
-        raise InvalidRecords(f"Rows {rows} of {len(counts)} have no answer token: they were cut off, or are empty.")
+        raise InvalidRecords(
+            f"Rows {rows} of {len(counts)} have no answer token: they were cut off, or are empty."
+        )
     total = (-losses).exp().masked_fill(~mask, 0.0).sum()
     return total / (counts.sum() if reduction == "answer" else mask.numel())
 

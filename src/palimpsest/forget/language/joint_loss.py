@@ -63,7 +63,7 @@ class AdaptiveMultiplier:
             raise InvalidHyperparameter(f"baseline must be 'mean' or 'official', not {self.baseline!r}.")
 
     def update(self, retain_loss: float, rows: int, epoch: float) -> float:
-        """m for a batch, whose loss enters the baseline during the first epoch.
+        """The weight m of a batch, whose loss enters the baseline during the first epoch.
 
         Args:
             retain_loss: Mean token loss of the batch's retained rows.
@@ -86,7 +86,9 @@ class AdaptiveMultiplier:
         if retain_loss <= self.reference:
             return self.low
         self.change = retain_loss - self.reference
-        most = math.log(max(self.high - self.offset, 0) / self.scale + 1, self.base)  # beyond it m is at the cap
+        most = math.log(
+            max(self.high - self.offset, 0) / self.scale + 1, self.base
+        )  # beyond it m is at the cap
         raised = self.scale * self.base ** min(self.change, most + 1) + self.offset
         return min(max(round(raised, 1), self.low), self.high)
 
