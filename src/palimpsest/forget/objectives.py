@@ -7,7 +7,8 @@ reference model says of an answer is such a number too, so it can be computed on
 the reference model need not stay in memory. Token losses take logits [batch, tokens, vocabulary] and labels
 [batch, tokens] as Hugging Face has them; `parts.tokens` makes the shift between the two.
 
-Losses on hidden states are in `forget/steering.py`, f-divergences in `forget/language/flat_divergences.py`.
+Losses on hidden states are in `forget/steering.py`, PDU's in `forget/primal_dual.py`, f-divergences in
+`forget/language/flat_divergences.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords, ModelM
 from palimpsest.core.unlearner import check_range
 from palimpsest.parts.distillation import kl_divergence
 from palimpsest.parts.tokens import (
-    IGNORED,
     Labels,
     Logits,
     TokenMask,
@@ -276,56 +276,6 @@ def _soft_cross_entropy(
 ) -> Loss:
     """Mean over rows of -sum of target log p; 0 without rows."""
     return -(target * F.log_softmax(logits, -1)).sum() / max(len(logits), 1)
-
-
-# PDU: flat logits under a bound on the retain loss
-
-
-def flatness_loss(logits: Logits, labels: Labels, as_released: bool = False) -> Loss:
-    """Mean over the answer's tokens of (largest logit - mean logit)^2: 0 for a uniform guess.
-
-    The forget term of PDU (Entesari et al. 2025, arXiv 2506.05314).
-
-    Args:
-        logits: Of the model.
-        labels: Of the answers to forget.
-        as_released: Count the positions of the answer's tokens instead of those that predict them: the
-            published code does not shift, so it misses the first token and counts what follows the last.
-    """
-    mask = _scored(logits, labels)
-    mask, logits = (labels != IGNORED, logits) if as_released else (mask, logits[:, :-1])
-    heights = logits[mask].amax(-1) - logits[mask].mean(-1)
-    return (heights**2).sum() / max(len(heights), 1)
-
-
-def pdu_loss(forget: Loss, retain: Loss, multiplier: float, bound: float, gamma: float = 1.0) -> Loss:
-    """The Lagrangian gamma * forget + multiplier * (retain - bound), with the multiplier before its update.
-
-    Args:
-        forget: `flatness_loss`.
-        retain: Mean token loss of the retained records.
-        multiplier: Dual variable, at least 0.
-        bound: Largest retain loss that is allowed, in nats; a bit above that of the original model.
-        gamma: Weight of the forget term.
-    """
-    return gamma * forget + multiplier * (retain - bound)
-
-
-def dual_update(multiplier: float, retain: float, bound: float, step: float) -> float:
-    """The dual variable after a step of projected ascent: max(0, multiplier + step * (retain - bound)).
-
-    Raises:
-        InvalidHyperparameter: If the multiplier or the step is out of range, or the loss is not finite.
-
-    Example:
-        >>> dual_update(1.0, retain=0.5, bound=0.25, step=2.0)
-        1.5
-    """
-    check_range("multiplier", multiplier, 0, float("inf"))
-    check_range("step", step, 0, float("inf"), open_low=True)
-    if not (math.isfinite(retain) and math.isfinite(bound)):
-        raise InvalidHyperparameter(f"Retain loss and bound must be finite, not {retain!r} and {bound!r}.")
-    return max(0.0, multiplier + step * (retain - bound))
 
 
 def _token_mean(values: Float[Tensor, "batch tokens-1"], mask: TokenMask) -> Loss:

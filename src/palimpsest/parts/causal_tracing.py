@@ -20,9 +20,9 @@ from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords
 from palimpsest.core.modes import evaluating
 from palimpsest.core.unlearner import check_range
 from palimpsest.parts.decoder import Decoder, decoder_of, part_of
+from palimpsest.parts.subject_span import Span
 
 Kind = Literal["state", "mlp", "attention"]
-Span = tuple[int, int]
 Noise = Float[Tensor, "samples subject dim"]
 ROWS = 256
 """At most about this many rows go through the model at once."""
@@ -191,59 +191,7 @@ def _next_probabilities(
     return logits[:, -1].float().softmax(-1)
 
 
-# Where the subject is, and how much noise
-
-
-def subject_range(tokens: Sequence[str], subject: str) -> Span:
-    """Tokens [begin, end) of a subject, from the text of every token.
-
-    Raises:
-        InvalidRecords: If the subject does not occur, with the prompt.
-
-    Example:
-        >>> subject_range(["Is", " An", "na", " Li", " old"], "Anna Li")
-        (1, 4)
-    """
-    text, ends = "".join(tokens), []
-    for token in tokens:
-        ends.append(len(token) + (ends[-1] if ends else 0))
-    return token_range(ends, *_characters(text, subject))
-
-
-def subject_range_in(prompt: str, subject: str, offsets: Sequence[Span]) -> Span:
-    """The same, from the character offsets of a fast tokenizer (`return_offsets_mapping`).
-
-    Raises:
-        InvalidRecords: If the subject does not occur, or the offsets end before it.
-    """
-    return token_range([end for _, end in offsets], *_characters(prompt, subject))
-
-
-def token_range(ends: Sequence[int], start: int, stop: int) -> Span:
-    """Tokens that cover characters [start, stop): from the first that ends after start to the first that ends at stop.
-
-    Args:
-        ends: Character at which every token ends.
-        start: First character.
-        stop: One past the last.
-
-    Raises:
-        InvalidRecords: If the tokens end before the span does.
-    """
-    begin = next((i for i, end in enumerate(ends) if end > start), None)
-    last = next((i for i, end in enumerate(ends) if end >= stop), None)
-    if begin is None or last is None or stop <= start:
-        raise InvalidRecords(
-            f"No tokens cover characters {start} to {stop}: they end at {max(ends, default=0)}."
-        )
-    return begin, last + 1
-
-
-def _characters(text: str, subject: str) -> Span:
-    start = text.find(subject) if subject else -1
-    if start < 0:
-        raise InvalidRecords(f"The subject {subject!r} does not occur in the prompt {text!r}.")
-    return start, start + len(subject)
+# How much noise
 
 
 def noise_scale(embeddings: Float[Tensor, "*tokens dim"], multiple: float = 3.0) -> float:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from palimpsest.forget.language.joint_loss import AdaptiveMultiplier, joint_loss
-from palimpsest.parts.causal_tracing import subject_range, trace_fact
+from palimpsest.parts.causal_tracing import trace_fact
+from palimpsest.parts.subject_span import subject_range
 from palimpsest.parts.tokens import IGNORED, token_mean
 
 Data = dict[str, Any]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.forget import objectives as o
-from palimpsest.forget import steering
+from palimpsest.forget import primal_dual, steering
 from palimpsest.forget.language import corruption, muse_losses
 from palimpsest.forget.language.arithmetic import negate_task_vector
 from palimpsest.forget.language.in_context import flipped_label_prompt
@@ -51,7 +51,7 @@ def _losses(inputs: Data, params: Data) -> Data:
         "wga_forget": o.wga_loss(logits, labels, params["wga_beta"]),
         "satimp_forget": o.satimp_loss(logits, labels, params["satimp_beta1"], params["satimp_beta2"]),
         "ceu": o.ceu_loss(logits, labels, params["ceu_ignore_first_n"]),
-        "pdu_forget": o.flatness_loss(logits, labels, as_released=True),
+        "pdu_forget": primal_dual.flatness_loss(logits, labels, as_released=True),
     }
     gradients = {
         name: torch.autograd.grad(value, logits, retain_graph=True)[0].tolist()
@@ -92,9 +92,11 @@ def _pdu(inputs: Data, params: Data) -> Data:
     totals, after = [], []
     for forget, retain in zip(inputs["forget_loss"], inputs["retain_loss"], strict=True):
         bound = params["retain_loss_eps"]
-        total = o.pdu_loss(torch.tensor(forget), torch.tensor(retain), multiplier, bound, params["gamma"])
+        total = primal_dual.pdu_loss(
+            torch.tensor(forget), torch.tensor(retain), multiplier, bound, params["gamma"]
+        )
         totals.append(total.item())
-        multiplier = o.dual_update(multiplier, retain, bound, params["dual_step_size"])
+        multiplier = primal_dual.dual_update(multiplier, retain, bound, params["dual_step_size"])
         after.append(multiplier)
     return {"total": totals, "lambda_after": after}
 
