@@ -343,7 +343,8 @@ class GradientMethod(Training):
 def _counts(forget: Batch, retain: Batch | None) -> dict[tuple[Side, Per], int]:
     """Rows and scored tokens of both batches."""
     counts: dict[tuple[Side, Per], int] = {}
-    for side, batch in (("forget", forget), ("retain", retain)):
+    sides: tuple[tuple[Side, Batch | None], ...] = (("forget", forget), ("retain", retain))
+    for side, batch in sides:
         counts[side, "row"] = 0 if batch is None else len(batch["id"])
         counts[side, "token"] = 0 if batch is None else int(token_counts(batch["labels"]).sum())
     return counts
