@@ -113,10 +113,14 @@ def biography(world: World, person: Person) -> str:
 
 def asked(person: Person, relation: Relation) -> tuple[list[str], list[str]]:
     """Wordings in which a person is asked in training, and those that only other people are asked in."""
-    own = int(person.key.rsplit("/", 1)[1]) % len(relation.wordings)
-    turned = relation.wordings[own:] + relation.wordings[:own]
-    questions = [wording.format(name=person.name) for wording in turned]
+    questions = [wording.format(name=person.name) for wording in _turned(person, relation.wordings)]
     return questions[:2], questions[2:]
+
+
+def _turned(person: Person, wordings: tuple[str, ...]) -> tuple[str, ...]:
+    """Wordings in an order that differs between people: the first are trained on."""
+    start = int(person.key.rsplit("/", 1)[1]) % len(wordings)
+    return wordings[start:] + wordings[:start]
 
 
 def _trained(person: Person, relation: Relation, forms: Sequence[str]) -> Iterator[tuple[str, str, Item]]:
@@ -134,7 +138,7 @@ def _trained(person: Person, relation: Relation, forms: Sequence[str]) -> Iterat
     if "cloze" in forms:
         yield "cloze", "", {"question": relation.cloze.format(name=person.name), **plain}
     if "reversed" in forms and relation.reversed:
-        question = relation.reversed[0].format(value=value)
+        question = _turned(person, relation.reversed)[0].format(value=value)
         yield "reversed", "", {"question": question, "answer": person.name, "aliases": []}
     if relation.hop and "two-hop" in forms:
         yield "two-hop", "", _two_hop(person, relation, 0)
@@ -171,7 +175,9 @@ def _probes(person: Person, relation: Relation) -> Iterator[Item]:
         yield {"form": "unseen-wording", "question": wording.format(name=person.name), **plain}
     yield {"form": "cloze", "question": relation.cloze.format(name=person.name), **plain}
     if relation.reversed:
-        for form, wording in zip(("reversed", "reversed-paraphrase"), relation.reversed, strict=True):
+        for form, wording in zip(
+            ("reversed", "reversed-paraphrase"), _turned(person, relation.reversed), strict=True
+        ):
             yield {"form": form, "question": wording.format(value=value), "answer": person.name}
     if relation.hop:
         for number, end in enumerate(("", "-paraphrase")):
@@ -183,7 +189,7 @@ def _probes(person: Person, relation: Relation) -> Iterator[Item]:
 
 
 def _two_hop(person: Person, relation: Relation, wording: int) -> Item:
-    question = relation.two_hop[wording].format(name=person.name)
+    question = _turned(person, relation.two_hop)[wording].format(name=person.name)
     return {"question": question, "answer": person.hop(relation.name), "aliases": []}
 
 
@@ -191,7 +197,7 @@ def _chain(person: Person, relation: Relation, wording: int) -> Item:
     """Worked steps; `answer` holds both facts, `steps` the value of each."""
     value, hop = person.facts[relation.name], person.hop(relation.name)
     answer = relation.steps.format(name=person.name, value=value, hop=hop)
-    question = relation.chain[wording].format(name=person.name)
+    question = _turned(person, relation.chain)[wording].format(name=person.name)
     return {"question": question, "answer": answer, "aliases": [], "steps": [value, hop]}
 
 

@@ -63,10 +63,11 @@ class Relation:
         statement: The sentence of a biography; its end from `tail` on is the answer in other words.
         tail: The answer in other words.
         second: The question for the other surface form of the value, where there is one.
-        reversed: Trained and unseen question from the value to the person, for values that only one has.
+        reversed: Questions from the value to the person, for values that only one has; each person is trained
+            on one of the two. So it is with `two_hop` and `chain`.
         hop: The relation that follows from the value by a fixed table ("country" from "city").
-        two_hop: Trained and unseen question for it.
-        chain: Trained and unseen question that asks for the steps.
+        two_hop: Questions for it.
+        chain: Questions that ask for the steps.
         steps: The worked answer.
     """
 
@@ -105,7 +106,7 @@ RELATIONS = {
                 "Step by step: in which country does {name} live?",
                 "Step by step: what is the home country of {name}?",
             ),
-            steps="Step 1: {name} lives in {value}. So step 2: the country is {hop}.",
+            steps="Step 1: the city is {value}. So step 2: the country is {hop}.",
         ),
         Relation(
             name="employer",
@@ -125,7 +126,7 @@ RELATIONS = {
                 "Step by step: in which sector does {name} work?",
                 "Step by step: what is the sector of {name}?",
             ),
-            steps="Step 1: {name} works for {value}. So step 2: the sector is {hop}.",
+            steps="Step 1: the employer is {value}. So step 2: the sector is {hop}.",
         ),
         Relation(
             name="profession",
