@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -56,8 +55,9 @@ class CombinedModel(PreTrainedModel, GenerationMixin):  # pyright: ignore[report
         self.inner = inner
         self.others = nn.ModuleList(others)
         self.combination = combination
-        if getattr(inner, "generation_config", None) is not None:
-            self.generation_config = copy.deepcopy(inner.generation_config)
+        settings: Any = getattr(inner, "generation_config", None)
+        if settings is not None:
+            self.generation_config = copy.deepcopy(settings)
         self.train(inner.training)
 
     @property
@@ -117,7 +117,8 @@ class CombinedModel(PreTrainedModel, GenerationMixin):  # pyright: ignore[report
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         outputs = []
         for number, (model, own) in enumerate(zip(self.models, kept, strict=True)):
-            more = {} if number else {name: value for name, value in wanted.items() if value is not None}
+            asked = {} if number else wanted
+            more: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
             if own is not None:
                 more[cache_argument(model)] = own
             outputs.append(model(input_ids=input_ids, **shared, **more))
@@ -127,7 +128,8 @@ class CombinedModel(PreTrainedModel, GenerationMixin):  # pyright: ignore[report
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of the next step, which is one of generation."""
-        return {**super().prepare_inputs_for_generation(*args, **kwargs), "generating": True}
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return {**inputs, "generating": True}
 
     def _caches(self, given: Cache | None) -> Sequence[Cache | None]:
         """One cache per model; each makes its own where nothing is cached yet."""
