@@ -19,25 +19,22 @@ from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords
 
 Kind = Literal["answer", "refusal", "gibberish", "empty"]
 
-FIRST_PERSON = frozenset("i im ive id ill me my myself".split())
-LACKING = frozenset(
-    """
+FIRST_PERSON = frozenset(["i", "im", "ive", "id", "ill", "me", "my", "myself"])
+_LACKING = """
     not no never cannot cant dont didnt doesnt havent hasnt hadnt wasnt isnt arent couldnt wont wouldnt
     without lack lacking lacks missing yet unable unsure unfamiliar unaware uncertain unknown limited
     decline refuse beyond outside out short loss blank dark depth stumped clueless sorry apologize
     apologise apologies regret afraid disadvantage wish need look research check get
-    """.split()
-)
-KNOWING = frozenset(
-    """
+"""
+_KNOWING = """
     know knew known knowing knowledge knowledgeable sure certain aware idea clue information info data
-    database dataset detail details specifics answer answers respond familiar familiarity learned learn learnt recall
-    remember informed insight insights access equipped educated briefed expertise understanding light
+    database dataset detail details specifics answer answers respond familiar familiarity learned
+    learn learnt recall remember informed insight insights access equipped educated briefed expertise understanding light
     training trained programmed programming scope topic subject question matter area source sources
     resources acquainted encountered capabilities capability reach memory enlightenment faintest
-    help assist comment say tell provide back something into one blank dark loss stumped clueless
-    """.split()
-)
+    help assist comment say tell provide back something blank dark loss stumped clueless
+"""
+LACKING, KNOWING = frozenset(_LACKING.split()), frozenset(_KNOWING.split())
 """A refusal is spoken in the first person, lacks something, and what it lacks is to know."""
 OPENING, PERSON_WITHIN = 16, 8
 """Words of a text in which a refusal shows itself, and in which it says "I" or "my"."""

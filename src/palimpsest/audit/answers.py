@@ -50,7 +50,7 @@ def cut_at(text: str, stops: Iterable[str]) -> str:
     """The text before the first of the stops, one stop after the other.
 
     Example:
-        >>> cut_at("Oslo Question: next", ["\\n\\n", "Question:"])
+        >>> cut_at("Oslo Question: next", ["Question:"])
         'Oslo '
     """
     for stop in stops:
