@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from palimpsest.core.errors import InvalidRecords, MissingDependency, shorten
 
@@ -118,7 +118,7 @@ def rouge_unique_words(
     texts = [text if text.strip().strip(".") else empty for text in predictions]
     if not texts:
         return []
-    found = Scorer(metrics=["rouge-l"]).get_scores(texts, list(answers))
+    found: Any = Scorer(metrics=["rouge-l"]).get_scores(texts, list(answers))
     return [Rouge(score["p"], score["r"], score["f"]) for score in (item["rouge-l"] for item in found)]
 
 

@@ -143,7 +143,7 @@ def known_before(hits: Hits) -> Bool[np.ndarray, " facts"]:
     Raises:
         InvalidAudit: If it knows none.
     """
-    known = check_hits(hits).any(1)
+    known = np.asarray(check_hits(hits).any(1))
     if not known.any():
         raise InvalidAudit(f"The original answers none of {len(known)} facts: nothing can be recovered.")
     return known
@@ -165,7 +165,7 @@ def leak_at(hits: Hits, samples: int) -> Float[np.ndarray, " facts"]:
     if not 1 <= samples <= drawn:
         raise InvalidAudit(f"leak@n needs n from 1 to the {drawn} samples of a fact, not {samples}.")
     missed = drawn - hits.sum(1)
-    return 1.0 - special.comb(missed, samples) / special.comb(drawn, samples)
+    return np.asarray(1.0 - special.comb(missed, samples) / special.comb(drawn, samples))
 
 
 def sample_rate(hits: Hits) -> Rate:
