@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -297,8 +298,7 @@ def _neighbours(
     empty = [name for name, ids in sets.items() if not ids]
     if empty or not sets:
         raise InvalidSplit(f"Forget sets without records: {shorten(empty) or 'none was given'}.")
-    named = list(sets.items())
-    return list(zip(named, named[1:], strict=False))
+    return list(pairwise(sets.items()))
 
 
 def _checked(orientation: Orientation) -> Orientation:
