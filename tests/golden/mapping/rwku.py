@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from palimpsest.audit.answer_quality import fluency
 from palimpsest.audit.answers import rouge_unique_words
 from palimpsest.audit.membership import language_signals as signals
 from palimpsest.parts.tokens import IGNORED
@@ -50,10 +51,10 @@ def mia_signals(inputs: Data, params: Data) -> Data:
 
 
 def fluency_and_f1(inputs: Data, params: Data) -> Data:
-    entropy, per_text = rwku.mean_fluency(inputs["texts"], str.split)
+    per_text = [fluency(text.split(), params["ns"], params["weights"]) for text in inputs["texts"]]
     f1 = [rwku.token_f1(item["prediction"], item["references"]) for item in inputs["qa"]]
     return {
-        "entropy": entropy,
+        "entropy": sum(per_text) / len(per_text),
         "entropy_per_text": per_text,
         "f1": sum(f1) / len(f1),
         "f1_per_item": f1,
