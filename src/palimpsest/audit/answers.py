@@ -111,11 +111,11 @@ def rouge_unique_words(
         from rouge import Rouge as Scorer
     except ImportError as error:
         raise MissingDependency("rouge", "language") from error
-    dots = [answer for answer in answers if not answer.strip(". \t\n")]
+    dots = [answer for answer in answers if not answer.replace(".", " ").strip()]
     if dots:
         raise InvalidRecords(f"Answers without a word cannot be scored: {shorten(dots)}.")
     # A text of full stops alone makes the package fail: it says as little as an empty one.
-    texts = [text if text.strip().strip(".") else empty for text in predictions]
+    texts = [text if text.replace(".", " ").strip() else empty for text in predictions]
     if not texts:
         return []
     found: Any = Scorer(metrics=["rouge-l"]).get_scores(texts, list(answers))
