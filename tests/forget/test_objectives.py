@@ -118,6 +118,7 @@ def test_npo_with_a_small_beta_points_along_ascent_on_summed_losses(logits, gene
     st.lists(st.tuples(st.floats(0.1, 30), st.floats(0.1, 30)), min_size=1, max_size=5),
     st.floats(0.02, 1.0),
 )
+@settings(deadline=None)
 def test_the_pull_of_npo_is_the_one_of_the_paper(pairs, beta):
     losses = torch.tensor([a for a, _ in pairs], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([b for _, b in pairs], dtype=torch.float64)
@@ -249,6 +250,7 @@ def test_flat_logits_have_no_height_and_as_released_the_mask_is_not_shifted(logi
 
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=20), st.floats(0, 5), st.floats(0.01, 10))
+@settings(deadline=None)
 def test_the_multiplier_is_never_negative_and_grows_exactly_while_the_bound_is_broken(losses, bound, step):
     multiplier = 1.0
     for loss in losses:
@@ -296,7 +298,7 @@ def test_states_are_averaged_over_a_row_first_and_hidden_tokens_do_not_count(gen
 
 
 @given(st.integers(1, 4), st.integers(1, 5))
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_with_answers_of_one_length_all_reductions_agree(rows, length):
     states = torch.arange(rows * 6 * 2, dtype=torch.float64).view(rows, 6, 2).sin()
     mask = torch.zeros(rows, 6, dtype=torch.bool)
