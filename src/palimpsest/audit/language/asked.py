@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -116,19 +116,19 @@ def in_other_words(item: Mapping[str, Any]) -> list[Question]:
         own = "answer" in probe and str(probe["answer"]) != plain.answer
         answer = str(probe.get("answer", plain.answer))
         aliases = probe.get("aliases") or (() if own else plain.accepted)
+        accepted = tuple(dict.fromkeys([answer, *aliases]))
+        wrong = tuple(probe.get("perturbed_answer") or (() if own else plain.wrong))
         made.append(
-            Question(
-                plain.fact,
-                plain.subject,
-                plain.relation,
-                str(probe["form"]),
-                str(probe["question"]),
-                answer,
-                tuple(dict.fromkeys([answer, *aliases])),
-                tuple(probe.get("perturbed_answer") or (() if own else plain.wrong)),
-                answer,
-                tuple(probe.get("choices") or ()),
-            )  # fmt: skip
+            replace(
+                plain,
+                form=str(probe["form"]),
+                question=str(probe["question"]),
+                answer=answer,
+                accepted=accepted,
+                wrong=wrong,
+                paraphrase=answer,
+                choices=tuple(probe.get("choices") or ()),
+            )
         )
     return made
 

@@ -21,15 +21,13 @@ from palimpsest.audit.language.asked import (
     scores,
 )
 from palimpsest.audit.memorisation import exact_memorisation, extraction_strength
+from palimpsest.audit.verdict import TOKEN_SPREAD
 from palimpsest.core.auditing import audit
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
 from palimpsest.core.finding import Finding, Outcome, Row
 from palimpsest.core.intervals import clopper_pearson
 from palimpsest.core.scale import SEED_SPREAD
 from palimpsest.tasks.scoring import Scores
-
-LOG_SPREAD = 0.5
-"""Prior deviation of the mean log-probability per token of a never-seen answer, between retrainings, in nats."""
 
 
 @audit("recall", code="A1", tasks=("language",))
@@ -78,7 +76,9 @@ def _likelihoods(evidence: Evidence, asked: Sequence[Question]) -> list[Finding]
     per_token = "of the true answer, per token"
     return [
         known(evidence, "recall", "forget_probability", probability, per_token, "outputs"),
-        known(evidence, "recall", "forget_log_probability", log_p, f"{per_token}, in nats", prior=LOG_SPREAD),
+        known(
+            evidence, "recall", "forget_log_probability", log_p, f"{per_token}, in nats", prior=TOKEN_SPREAD
+        ),
         known(evidence, "recall", "forget_exact_memorisation", exact, "share of the answer's tokens"),
         known(evidence, "recall", "forget_extraction_strength", strength, "1 - k/n"),
     ]
