@@ -187,8 +187,12 @@ def world(
     draw = random.Random(f"world {seed}")
     used: set[str] = set()
     facts = {relation: _values(relation, total, draw, used) for relation in relations}
-    wrong = {relation: [_wrong(relation, value, draw, used) for value in facts[relation]] for relation in relations}
-    friends = [names[people + number % neighbours] for number in range(people)] if neighbours else [""] * people
+    wrong = {
+        relation: [_wrong(relation, value, draw, used) for value in facts[relation]] for relation in relations
+    }
+    friends = (
+        [names[people + number % neighbours] for number in range(people)] if neighbours else [""] * people
+    )
 
     def person(number: int) -> Person:
         known = {relation: facts[relation][number] for relation in relations}
@@ -203,7 +207,13 @@ def world(
                 f"neighbours/{number - people:04d}", names[number], "neighbours", "train", -1, known, decoys
             )
         return Person(
-            f"holdout/{number - people - neighbours:04d}", names[number], "people", "holdout", -1, known, decoys
+            f"holdout/{number - people - neighbours:04d}",
+            names[number],
+            "people",
+            "holdout",
+            -1,
+            known,
+            decoys,
         )
 
     return World(tuple(person(number) for number in range(total)), tuple(relations), seed, folds)

@@ -85,7 +85,11 @@ def _of_person(world: World, person: Person, forms: Sequence[str], near: str) ->
         fact = f"{person.key}/{name}"
         here = {**columns, "relation": name, "fact": fact}
         for form, tail, item in _trained(person, relation, forms):
-            yield f"{fact}/{form}{tail}", {**item, "subject": person.name, "relation": name}, {**here, "form": form}
+            yield (
+                f"{fact}/{form}{tail}",
+                {**item, "subject": person.name, "relation": name},
+                {**here, "form": form},
+            )
         if person.part == "train":
             for number, item in enumerate(_held_out(person, relation)):
                 whole = {**item, "subject": person.name, "relation": name}
@@ -99,7 +103,8 @@ def biography(world: World, person: Person) -> str:
     """Running text that states every fact of a person, in an order of its own."""
     draw = random.Random(f"biography {world.seed} {person.key}")
     sentences = [
-        RELATIONS[name].statement.format(name=person.name, value=person.facts[name]) for name in world.relations
+        RELATIONS[name].statement.format(name=person.name, value=person.facts[name])
+        for name in world.relations
     ]
     draw.shuffle(sentences)
     friend = [FRIENDSHIP.format(friend=person.friend)] if person.friend else []
@@ -158,7 +163,11 @@ def _probes(person: Person, relation: Relation) -> Iterator[Item]:
     """The same fact asked in ways that nobody is trained on for this person."""
     value = person.facts[relation.name]
     wrong = list(person.wrong[relation.name])
-    plain = {"answer": value, "aliases": surface_forms(relation.name, value), "perturbed_answer": wrong[:WRONG]}
+    plain = {
+        "answer": value,
+        "aliases": surface_forms(relation.name, value),
+        "perturbed_answer": wrong[:WRONG],
+    }
     own, others = asked(person, relation)
     for question in others:
         yield {"form": "paraphrase", "question": question, **plain}
@@ -236,7 +245,14 @@ def _world_fact(
 ) -> Iterator[Row]:
     """Two trained questions and one for the test."""
     fact = f"world/{subject.lower().replace(' ', '-')}/{relation}"
-    columns = {"subject": subject, "relation": relation, "group": "world", "fact": fact, "fold": -1, "near": ""}
+    columns = {
+        "subject": subject,
+        "relation": relation,
+        "group": "world",
+        "fact": fact,
+        "fold": -1,
+        "near": "",
+    }
     wrong = draw.sample([other for other in values if other != value], WRONG)
     for form, part, wording in (
         ("qa", "train", wordings[0]),

@@ -219,7 +219,10 @@ WORLD_ATTRIBUTES = {
 }  # fmt: skip
 """Facts about countries: trained wordings, one that is not trained on, and one value per country."""
 
-LOCATED = (("In which country is {name}?", "To which country does {name} belong?"), "{name} is in which country?")
+LOCATED = (
+    ("In which country is {name}?", "To which country does {name} belong?"),
+    "{name} is in which country?",
+)
 
 GENERAL = (
     "At {hour} the {adjective} {animal} crossed the {place} and {action}.",
