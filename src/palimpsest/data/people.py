@@ -285,7 +285,7 @@ def _check(people: int, folds: int, neighbours: int, holdout: int, relations: Se
             raise UnknownName("relation", relation, RELATIONS)
 
 
-def _names(fake, count: int) -> list[str]:  # noqa: ANN001
+def _names(fake, count: int) -> list[str]:
     """Names with surnames of their own."""
     names: dict[str, str] = {}
     while len(names) < count:

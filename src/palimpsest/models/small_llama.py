@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from palimpsest.core.errors import InvalidHyperparameter, MissingDependency
 from palimpsest.core.modes import seeded
+from palimpsest.models.registry import model
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -75,3 +76,15 @@ def small_llama(
     )
     with seeded(seed):
         return LlamaForCausalLM(config).eval()
+
+
+@model("small_llama")
+def for_task(input_shape: tuple[int, ...], classes: int, **settings: Any) -> LlamaForCausalLM:
+    """The model for a task of language: `classes` is the size of its vocabulary.
+
+    Args:
+        input_shape: Not used; texts have no shape.
+        classes: Number of tokens.
+        **settings: Of `small_llama`.
+    """
+    return small_llama(classes, **settings)
