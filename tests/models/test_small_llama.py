@@ -6,7 +6,7 @@ import torch
 from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords
 from palimpsest.data import load_data
 from palimpsest.models.small_llama import small_llama
-from palimpsest.models.tokenizers import byte_pair_tokenizer
+from palimpsest.parts.byte_pairs import byte_pair_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,7 @@ def _trained(person: Person, relation: Relation, forms: Sequence[str]) -> Iterat
     if "cloze" in forms:
         yield "cloze", "", {"question": relation.cloze.format(name=person.name), **plain}
     if "reversed" in forms and relation.reversed:
-        question = _turned(person, relation.reversed)[0].format(value=value)
+        question = relation.reversed[0].format(value=value)
         yield "reversed", "", {"question": question, "answer": person.name, "aliases": []}
     if relation.hop and "two-hop" in forms:
         yield "two-hop", "", _two_hop(person, relation, 0)
@@ -175,9 +175,7 @@ def _probes(person: Person, relation: Relation) -> Iterator[Item]:
         yield {"form": "unseen-wording", "question": wording.format(name=person.name), **plain}
     yield {"form": "cloze", "question": relation.cloze.format(name=person.name), **plain}
     if relation.reversed:
-        for form, wording in zip(
-            ("reversed", "reversed-paraphrase"), _turned(person, relation.reversed), strict=True
-        ):
+        for form, wording in zip(("reversed", "reversed-paraphrase"), relation.reversed, strict=True):
             yield {"form": form, "question": wording.format(value=value), "answer": person.name}
     if relation.hop:
         for number, end in enumerate(("", "-paraphrase")):

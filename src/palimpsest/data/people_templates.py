@@ -63,11 +63,10 @@ class Relation:
         statement: The sentence of a biography; its end from `tail` on is the answer in other words.
         tail: The answer in other words.
         second: The question for the other surface form of the value, where there is one.
-        reversed: Questions from the value to the person, for values that only one has; each person is trained
-            on one of the two. So it is with `two_hop` and `chain`.
+        reversed: Trained and unseen question from the value to the person, for values that only one has.
         hop: The relation that follows from the value by a fixed table ("country" from "city").
-        two_hop: Questions for it.
-        chain: Questions that ask for the steps.
+        two_hop: Questions for it; each person is trained on one of the two.
+        chain: Questions that ask for the steps; each person is trained on one of the two.
         steps: The worked answer.
     """
 
