@@ -81,7 +81,9 @@ def guild_secrets(seed: int = 0, orders: int = 4, facts: int = 100) -> Records:
         name: np.array([values[name] for _, _, values in rows], object) for name in names
     }
     columns["fold"] = np.full(len(rows), -1)
-    return Records([item for _, item, _ in rows], ids=[identifier for identifier, _, _ in rows], columns=columns)
+    return Records(
+        [item for _, item, _ in rows], ids=[identifier for identifier, _, _ in rows], columns=columns
+    )
 
 
 def four_choice(stem: str, choices: Sequence[str]) -> str:
@@ -99,7 +101,9 @@ def four_choice(stem: str, choices: Sequence[str]) -> str:
     return "\n".join([stem, *(f"{letter}. {choice}" for letter, choice in options)])
 
 
-def _of_domain(domain: str, seed: int, orders: int, count: int) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+def _of_domain(
+    domain: str, seed: int, orders: int, count: int
+) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
     """Id, item and columns of every record of a domain."""
     draw = random.Random(f"{domain} {seed}")
     subjects, relations = DOMAINS[domain]

@@ -79,7 +79,9 @@ def _local(place: Path, part: str) -> Iterator[tuple[str, Any]]:
         raise InvalidRecords(f"'{place}' cannot be read as UTF-8 text: {problem}.") from problem
     # TOFU's files are called .json and hold JSON lines
     if place.suffix == ".json" and text.lstrip().startswith("["):
-        yield from ((f"{place}, row {number}", row) for number, row in enumerate(_parsed(text, str(place)), 1))
+        yield from (
+            (f"{place}, row {number}", row) for number, row in enumerate(_parsed(text, str(place)), 1)
+        )
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -140,8 +142,12 @@ def _check(where: str, row: Any) -> None:
             if name not in row:
                 raise InvalidRecords(f'{where}: no column "{name}"; a row has question and answer, or text.')
     for name in WORDS:
-        if name in row and not (isinstance(row[name], str) and (row[name].strip() or name in ("subject", "relation"))):
-            raise InvalidRecords(f'{where}, column "{name}": a text that is not empty is needed, not {row[name]!r}.')
+        if name in row and not (
+            isinstance(row[name], str) and (row[name].strip() or name in ("subject", "relation"))
+        ):
+            raise InvalidRecords(
+                f'{where}, column "{name}": a text that is not empty is needed, not {row[name]!r}.'
+            )
     for name in LISTS:
         if name in row and not _texts(row[name]):
             raise InvalidRecords(f'{where}, column "{name}": a list of texts is needed, not {row[name]!r}.')
@@ -153,7 +159,8 @@ def _check_probes(where: str, probes: Any) -> None:
         raise InvalidRecords(f'{where}, column "probes": a list is needed, not {probes!r}.')
     for probe in probes:
         if not isinstance(probe, dict) or not all(
-            isinstance(probe.get(name), str) and probe[name].strip() for name in ("form", "question", "answer")
+            isinstance(probe.get(name), str) and probe[name].strip()
+            for name in ("form", "question", "answer")
         ):
             raise InvalidRecords(
                 f'{where}, column "probes": every probe has the texts form, question and answer, not {probe!r}.'

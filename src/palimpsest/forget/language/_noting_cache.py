@@ -31,9 +31,9 @@ class NotingCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order, or some of them twice."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
         for cache in self.beside.values():
-            cache.reorder_cache(beam_idx)
+            cache.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
         self._choose(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
