@@ -12,6 +12,7 @@ import torch
 from palimpsest.core.errors import InvalidHyperparameter
 from palimpsest.core.modes import evaluating
 from palimpsest.core.needs import Need
+from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
@@ -92,7 +93,7 @@ class PDU(GradientMethod):
         def losses(step: Step) -> Losses:
             if step.retain is None:
                 raise InvalidHyperparameter("PDU was given no retained records.")
-            state.advance(step, self, bound)
+            state.advance(step, self, bound, context.runtime)
             logits = context.task.logits(context.model, step.forget)
             forget = Term(flatness_loss(logits, step.forget["labels"]), "token")
             kept = token_mean(context.task.logits(context.model, step.retain), step.retain["labels"])
@@ -121,7 +122,7 @@ class DualState:
         self.seen[step.number] = self.seen.get(step.number, 0.0) + step.shares["retain", "token"] * loss
         self.last = (step.number, step.epoch)
 
-    def advance(self, step: Step, settings: PDU, bound: float) -> None:
+    def advance(self, step: Step, settings: PDU, bound: float, runtime: Runtime) -> None:
         """Move, if a step (or epoch) of optimisation ended before this microbatch and the warm-up is over."""
         if self.last is None:
             return
@@ -129,7 +130,7 @@ class DualState:
         ended = step.number > number if settings.dual == "step" else step.epoch > epoch
         if not ended:
             return
-        mean = sum(self.seen.values()) / len(self.seen)
+        mean = runtime.mean(sum(self.seen.values()) / len(self.seen))
         self.seen.clear()
         if epoch >= settings.dual_warmup:
             self.multiplier = dual_update(self.multiplier, mean, bound, settings.dual_step)
