@@ -89,6 +89,12 @@ class Runtime:
             return count
         return int(self.accelerator.reduce(torch.tensor(count, device=self.torch_device), "sum"))
 
+    def mean(self, value: float) -> float:
+        """The mean of a number over all processes."""
+        if self.processes == 1:
+            return value
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.torch_device), "mean"))
+
     def derive(self, *names: object) -> int:
         """A seed for the stream called `names`, independent of other streams of this runtime."""
         text = "/".join(str(part) for part in (self.seed, *names))

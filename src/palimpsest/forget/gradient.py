@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed, NonFiniteLoss
-from palimpsest.core.records import Batch
+from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Card, check_range
@@ -120,7 +120,11 @@ class Context:
 
 
 class Objective(Protocol):
-    """What is minimised."""
+    """What is minimised.
+
+    It may also have `rows` (the records that the loop goes over in the place of the forget records, made
+    before anything else) and `collate` (how they become a batch), as `GradientMethod` has.
+    """
 
     @property
     def needs_original(self) -> bool:
@@ -235,6 +239,9 @@ class GradientUnlearner(Training):
         if needs_retain and split.retain is None:
             raise MissingNeed("The objective or its rule needs retained records: pass ForgetSplit.retain.")
         student = runtime.place(copy.deepcopy(model))
+        rows = getattr(self.objective, "rows", None)
+        if rows is not None:
+            split = dataclasses.replace(split, forget=rows(student, split, task, runtime))
         original = copy.deepcopy(student).eval() if self.objective.needs_original else None
         for parameter in [] if original is None else original.parameters():
             parameter.requires_grad_(False)
@@ -288,9 +295,12 @@ class GradientUnlearner(Training):
         number: int,
     ) -> list[Step]:
         split, task, runtime = context.split, context.task, context.runtime
-        forget = [
-            runtime.to_device(split.forget.batch(own, task.collate)) for own in self._own(gone, runtime)
-        ]
+        collate = getattr(self.objective, "collate", None)
+
+        def dressed(items: Sequence[dict[str, Any]]) -> Batch:
+            return task.collate(items) if collate is None else collate(context, items, epoch)
+
+        forget = [runtime.to_device(split.forget.batch(own, dressed)) for own in self._own(gone, runtime)]
         retain: list[Batch | None] = [None] * len(forget)
         if kept is not None and split.retain is not None:
             retain = [
@@ -329,6 +339,14 @@ class GradientMethod(Training):
     def needs_retain(self) -> bool:
         """Whether every step is given retained records."""
         return False
+
+    def rows(self, model: nn.Module, split: ForgetSplit, task: Language, runtime: Runtime) -> Records:
+        """What the loop goes over: the forget records, unless a method makes others of them."""
+        return split.forget
+
+    def collate(self, context: Context, items: Sequence[dict[str, Any]], epoch: int) -> Batch:
+        """How forget records become a batch."""
+        return context.task.collate(items)
 
     def begin(self, context: Context) -> Callable[[Step], Losses]:
         """The losses of a step."""
