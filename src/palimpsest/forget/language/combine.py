@@ -1,8 +1,8 @@
 """Several language models answering as one: their next-token logits combined, to score text and to generate alike.
 
-Used by unlearning from logit difference (ULD), by "Who's Harry Potter?" and for offsets. What is given back
-is a Hugging Face causal model: `forward` combines at every position, and `generate` is that of transformers
-(greedy, sampling, beams, batches with padding on the left), with keys and values of every model kept apart.
+Used by unlearning from logit difference (ULD), by "Who's Harry Potter?" and for offsets: `forward` combines at
+every position, and `generate` is that of transformers (greedy, sampling, beams, batches with padding on the
+left), with keys and values of every model kept apart.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from palimpsest.core.errors import InvalidHyperparameter, MissingDependency, ModelMismatch
+from palimpsest.core.errors import InvalidHyperparameter, ModelMismatch
 from palimpsest.core.unlearner import check_range
+from palimpsest.forget.language.wrapped import Call, Wrapped, ask, logits_beside
 from palimpsest.parts.logit_combination import AnyLogits, logit_difference, offset_logits, whp_logits
+from palimpsest.parts.tokens import token_mean
 
 
 class Combination(Protocol):
@@ -101,36 +103,55 @@ class Offset:
         return offset_logits(target, tuned, untuned, self.weight)
 
 
-def combined(inner: nn.Module, others: Sequence[nn.Module], combination: Combination) -> nn.Module:
+class Combined(Wrapped):
     """One causal model out of several; they are used, not copied.
 
     Hidden states and attentions are those of the wrapped model, which is found as `inner` (the others as
     `others`): whoever holds the result can take it out.
 
     Args:
-        inner: The model that is wrapped; its configuration becomes that of the result.
+        inner: The model that is wrapped; its configuration is that of the result.
         others: The other models, in the order that the combination takes them.
         combination: How logits are combined.
 
     Raises:
-        MissingDependency: Without transformers.
         InvalidHyperparameter: If the combination takes another number of models.
-        ModelMismatch: If the models are not Hugging Face causal models of one vocabulary.
+        ModelMismatch: If the models are no Hugging Face causal models, or of different vocabularies.
     """
-    if 1 + len(others) != combination.models:
-        raise InvalidHyperparameter(
-            f"{type(combination).__name__} combines {combination.models} models, not {1 + len(others)}."
-        )
-    sizes = [vocabulary_of(model) for model in (inner, *others)]
-    if len(set(sizes)) > 1:
-        raise ModelMismatch(
-            f"Models can be combined token by token only if they share a vocabulary, not {sizes}."
-        )
-    try:
-        from palimpsest.forget.language._combined_model import CombinedModel
-    except ImportError as missing:
-        raise MissingDependency("transformers", "language") from missing
-    return CombinedModel(inner, others, combination)
+
+    def __init__(self, inner: nn.Module, others: Sequence[nn.Module], combination: Combination):
+        super().__init__(inner)
+        if 1 + len(others) != combination.models:
+            raise InvalidHyperparameter(
+                f"{type(combination).__name__} combines {combination.models} models, not {1 + len(others)}."
+            )
+        sizes = [vocabulary_of(model) for model in (inner, *others)]
+        if len(set(sizes)) > 1:
+            raise ModelMismatch(
+                f"Models can be combined token by token only if they share a vocabulary, not {sizes}."
+            )
+        self.combination = combination
+        self.names = tuple(f"beside_{number}" for number in range(len(others)))
+        for name, model in zip(self.names, others, strict=True):
+            self.add_module(name, model)
+        self.train(inner.training)
+
+    @property
+    def others(self) -> list[nn.Module]:
+        """The models that are combined with the wrapped one."""
+        return [self.get_submodule(name) for name in self.names]
+
+    def answer(self, call: Call) -> Any:
+        """The wrapped model's output with combined logits, and the loss that follows from them."""
+        further = dict(call.further)
+        labels = further.pop("labels", None)
+        call = call.change(further=further)
+        output = ask(self.inner, call)
+        beside = [logits_beside(self.get_submodule(name), call, name) for name in self.names]
+        output["logits"] = self.combination.logits(output.logits, *beside, generating=call.generating)
+        if labels is not None:
+            output["loss"] = token_mean(output["logits"], labels)
+        return output
 
 
 def vocabulary_of(model: nn.Module) -> int:
@@ -140,7 +161,7 @@ def vocabulary_of(model: nn.Module) -> int:
         ModelMismatch: If it is no Hugging Face model with a head over tokens.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or not hasattr(model, "config"):
+    if head is None or getattr(model, "config", None) is None:
         raise ModelMismatch(
             f"{type(model).__name__} is no Hugging Face causal model: it has no configuration or no output head."
         )
