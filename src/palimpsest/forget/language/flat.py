@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords, shorten
 from palimpsest.core.needs import Need
-from palimpsest.core.records import Batch
+from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Choice, Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
+from palimpsest.forget.language.alternates import drawn
 from palimpsest.forget.language.flat_divergences import (
     DIVERGENCES,
     TokenReduction,
@@ -29,6 +29,9 @@ from palimpsest.forget.language.flat_divergences import (
 from palimpsest.parts.refusals import refusals_of
 from palimpsest.parts.tokens import token_counts
 from palimpsest.tasks.language import Language
+
+TEMPLATE = "template_"
+"""Before the names of a batch's tensors of the template side."""
 
 
 @unlearner(
@@ -92,103 +95,102 @@ class FLAT(GradientMethod):
         _ = refusals_of(self.templates)
 
     def unlearn(self, model: nn.Module, split: ForgetSplit, task: Language, runtime: Runtime) -> nn.Module:
-        """A new model, by `GradientUnlearner`; the warm-up takes at least two steps, unless there is none."""
-        least = 2 / self.steps_per_epoch(len(split.forget)) if self.warmup else 0.0
-        return super(FLAT, dataclasses.replace(self, warmup=max(self.warmup, least))).unlearn(
-            model, split, task, runtime
-        )
-
-    def begin(self, context: Context) -> Callable[[Step], Losses]:
-        """Check that every pair fits, then the loss of a step.
+        """A new model, by `GradientUnlearner`; the warm-up takes at least two steps, unless there is none.
 
         Raises:
-            InvalidRecords: If a question with the longest template does not fit into the context.
+            InvalidRecords: If a prompt with its answer, or with the longest template, is too long.
+            NonFiniteLoss: If the loss becomes NaN or Inf.
         """
-        pairs = Pairs(context, refusals_of(self.templates), self._longest(context.model, context.task))
-        divergence = divergence_named(self.divergence, self.allow_reversed)
+        self._check(model, split.forget, task)
+        least = 2 / self.steps_per_epoch(len(split.forget)) if self.warmup else 0.0
+        warmer = dataclasses.replace(self, warmup=max(self.warmup, least))
+        return super(FLAT, warmer).unlearn(model, split, task, runtime)
 
-        def losses(step: Step) -> Losses:
-            forgotten, template = pairs.of(step.forget)
-            means = [
-                self.probability(context.task.logits(context.model, batch), batch)
-                for batch in (forgotten, template)
-            ]
-            return Losses(Term(divergence.loss(means[1], means[0])))
+    def collate(self, context: Context, items: Sequence[dict[str, Any]], epoch: int) -> Batch:
+        """Prompts with the answers to forget, and beside them ("template_...") the same prompts with templates.
 
-        return losses
+        Which template, and where running text is cut, depends on the seed, the record and the epoch alone.
 
-    def probability(self, logits: Float[Tensor, "batch tokens vocabulary"], batch: Batch) -> Tensor:
-        """Mean probability of the answers' tokens, in the chosen reduction."""
-        mean = mean_probability(logits, batch["labels"], self.reduction)
-        tokens = batch["labels"].shape[1]
-        return mean if self.reduction == "answer" else mean * (tokens - 1) / (self.length - 1)
-
-    def _longest(self, model: nn.Module, task: Language) -> int:
-        context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        own = self.length if self.reduction == "padded" else None
-        return min((limit for limit in (context, task.max_length, own) if limit), default=1 << 30)
-
-
-class Pairs:
-    """Forget records beside the same prompts with template answers, both drawn anew at every reading.
-
-    Args:
-        context: Of the run.
-        templates: To draw from.
-        longest: Most tokens of a sequence.
-
-    Raises:
-        InvalidRecords: If a prompt with the longest template is longer, naming the record.
-    """
-
-    def __init__(self, context: Context, templates: Sequence[str], longest: int):
-        self.task, self.runtime, self.templates = context.task, context.runtime, tuple(templates)
-        self.draw = context.runtime.generator("flat templates")
-        most = max(len(self._ending(template)) for template in self.templates)
-        same = [item["id"] for item in context.split.forget if item.get("answer") in self.templates]
-        if same:
-            warnings.warn(f"The answers of records {shorten(same)} are templates themselves.", stacklevel=2)
-        for item in context.split.forget:
-            ids, start = self._encoded(item)
-            needed = max(len(ids), start + most)
-            if needed > longest:
-                raise InvalidRecords(
-                    f"Record {item['id']!r} with its answer, or the longest template, has {needed} tokens and "
-                    f"{longest} fit: shorten it or the templates."
-                )
-
-    def of(self, batch: Batch) -> tuple[Batch, Batch]:
-        """Prompts with the answers to forget, and the same prompts with templates."""
+        Raises:
+            InvalidRecords: If nothing of an answer is left to score.
+        """
+        task, templates = context.task, refusals_of(self.templates)
         rows: list[list[int]] = []
         others: list[list[int]] = []
         starts: list[int] = []
-        for number in range(len(batch["id"])):
-            item = {key: batch[key][number] for key in ("question", "answer", "text") if key in batch}
-            ids, start = self._encoded(item)
+        for item in items:
+            template = drawn(templates, context.runtime, item["id"], epoch)
             if item.get("question") is None:
-                start += int(torch.randint(max(len(ids) - start - 1, 1), (), generator=self.draw))
-                other = [*ids[:start], *self._ending(self._drawn())]
+                ids, first = task.encode(None, item["text"])
+                start = first + context.runtime.derive("flat cut", item["id"], epoch) % max(
+                    len(ids) - first, 1
+                )
+                other = [*ids[:start], *_ending(template, task)]
             else:
-                other, start = self.task.encode(item["question"], self._drawn())
+                ids, start = task.encode(item["question"], item["answer"])
+                other = task.encode(item["question"], template)[0]
             rows.append(ids)
             others.append(other)
             starts.append(start)
-        return self._batch(batch, rows, starts), self._batch(batch, others, starts)
-
-    def _batch(self, batch: Batch, rows: list[list[int]], starts: list[int]) -> Batch:
-        made: Batch = {"id": batch["id"], **self.task.padded(rows, starts)}
-        empty = [name for name, count in zip(batch["id"], token_counts(made["labels"]), strict=True) if not count]
+        beside = {f"{TEMPLATE}{name}": tensor for name, tensor in task.padded(others, starts).items()}
+        batch: Batch = {"id": [item["id"] for item in items], **task.padded(rows, starts), **beside}
+        empty = [
+            items[at]["id"] for at, count in enumerate(token_counts(batch["labels"]).tolist()) if not count
+        ]
         if empty:
             raise InvalidRecords(f"No token of the answer is left in records {shorten(empty)}.")
-        return self.runtime.to_device(made)
+        return batch
 
-    def _drawn(self) -> str:
-        return self.templates[int(torch.randint(len(self.templates), (), generator=self.draw))]
+    def begin(self, context: Context) -> Callable[[Step], Losses]:
+        """The loss of a step: one pass over the answers to forget, one over the templates."""
+        divergence = divergence_named(self.divergence, self.allow_reversed)
 
-    def _encoded(self, item: Mapping[str, Any]) -> tuple[list[int], int]:
-        question = item.get("question")
-        return self.task.encode(question, item["text"] if question is None else item["answer"])
+        def losses(step: Step) -> Losses:
+            beside = {
+                name.removeprefix(TEMPLATE): value
+                for name, value in step.forget.items()
+                if name.startswith(TEMPLATE)
+            }
+            template = self.probability(context, beside)
+            return Losses(Term(divergence.loss(template, self.probability(context, step.forget))))
 
-    def _ending(self, template: str) -> list[int]:
-        """Tokens of a template that follows a prompt."""
-        return self.task.tokens(self.task.form.complete(template)) + self.task.tokens(self.task.form.ending)
+        return losses
+
+    def probability(self, context: Context, batch: Batch) -> Float[Tensor, ""]:
+        """Mean probability of the answers' tokens, in the chosen reduction."""
+        labels = batch["labels"]
+        mean = mean_probability(context.task.logits(context.model, batch), labels, self.reduction)
+        return mean if self.reduction == "answer" else mean * (labels.shape[1] - 1) / (self.length - 1)
+
+    def _check(self, model: nn.Module, forget: Records, task: Language) -> None:
+        """Check every pair before any work: lengths, and templates that are no alternative."""
+        templates = refusals_of(self.templates)
+        most = max(len(_ending(template, task)) for template in templates)
+        own = self.length if self.reduction == "padded" else None
+        limits = (
+            task.max_length,
+            getattr(getattr(model, "config", None), "max_position_embeddings", None),
+            own,
+        )
+        longest = min((limit for limit in limits if limit), default=1 << 30)
+        same: list[str] = []
+        for item in forget:
+            question = item.get("question")
+            ids, start = task.encode(question, item["text"] if question is None else item["answer"])
+            if len(ids) <= max(start, 1):
+                raise InvalidRecords(f"The answer of record {item['id']!r} tokenizes to nothing.")
+            needed = max(len(ids), most + (len(ids) - 1 if question is None else start))
+            if needed > longest:
+                raise InvalidRecords(
+                    f"Record {item['id']!r} needs {needed} tokens with its answer or the longest template, and "
+                    f"{longest} fit: shorten it, or the templates."
+                )
+            if item.get("answer") in templates:
+                same.append(item["id"])
+        if same:
+            warnings.warn(f"Templates are themselves the answers of records {shorten(same)}.", stacklevel=3)
+
+
+def _ending(template: str, task: Language) -> list[int]:
+    """Tokens of a template that follows a prompt."""
+    return task.tokens(task.form.complete(template)) + task.tokens(task.form.ending)
