@@ -115,6 +115,7 @@ class FLAT(GradientMethod):
             InvalidRecords: If nothing of an answer is left to score.
         """
         task, templates = context.task, refusals_of(self.templates)
+        longest, most = self._longest(context.model, task), _most(templates, task)
         rows: list[list[int]] = []
         others: list[list[int]] = []
         starts: list[int] = []
@@ -122,9 +123,8 @@ class FLAT(GradientMethod):
             template = drawn(templates, context.runtime, item["id"], epoch)
             if item.get("question") is None:
                 ids, first = task.encode(None, item["text"])
-                start = first + context.runtime.derive("flat cut", item["id"], epoch) % max(
-                    len(ids) - first, 1
-                )
+                room = max(1, min(len(ids) - first, longest - most - first + 1))
+                start = first + context.runtime.derive("flat cut", item["id"], epoch) % room
                 other = [*ids[:start], *_ending(template, task)]
             else:
                 ids, start = task.encode(item["question"], item["answer"])
@@ -165,21 +165,14 @@ class FLAT(GradientMethod):
     def _check(self, model: nn.Module, forget: Records, task: Language) -> None:
         """Check every pair before any work: lengths, and templates that are no alternative."""
         templates = refusals_of(self.templates)
-        most = max(len(_ending(template, task)) for template in templates)
-        own = self.length if self.reduction == "padded" else None
-        limits = (
-            task.max_length,
-            getattr(getattr(model, "config", None), "max_position_embeddings", None),
-            own,
-        )
-        longest = min((limit for limit in limits if limit), default=1 << 30)
+        most, longest = _most(templates, task), self._longest(model, task)
         same: list[str] = []
         for item in forget:
             question = item.get("question")
             ids, start = task.encode(question, item["text"] if question is None else item["answer"])
             if len(ids) <= max(start, 1):
                 raise InvalidRecords(f"The answer of record {item['id']!r} tokenizes to nothing.")
-            needed = max(len(ids), most + (len(ids) - 1 if question is None else start))
+            needed = max(len(ids), start + most)
             if needed > longest:
                 raise InvalidRecords(
                     f"Record {item['id']!r} needs {needed} tokens with its answer or the longest template, and "
@@ -189,6 +182,17 @@ class FLAT(GradientMethod):
                 same.append(item["id"])
         if same:
             warnings.warn(f"Templates are themselves the answers of records {shorten(same)}.", stacklevel=3)
+
+    def _longest(self, model: nn.Module, task: Language) -> int:
+        """Most tokens that a sequence may have."""
+        context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        limits = (task.max_length, context, self.length if self.reduction == "padded" else None)
+        return min((limit for limit in limits if limit), default=1 << 30)
+
+
+def _most(templates: Sequence[str], task: Language) -> int:
+    """Tokens of the longest template."""
+    return max(len(_ending(template, task)) for template in templates)
 
 
 def _ending(template: str, task: Language) -> list[int]:

@@ -260,10 +260,10 @@ class ULD:
         """The microbatches of every optimizer step: both sides shuffled anew in every epoch, then interleaved."""
         generator = runtime.generator("uld order")
         for _ in range(self.epochs):
-            shuffled = [
+            first, second = (
                 [side[at] for at in torch.randperm(len(side), generator=generator).tolist()] for side in sides
-            ]
-            rows = interleave(*shuffled)
+            )
+            rows = interleave(first, second)
             for start in range(0, len(rows), self.batch_size * self.accumulate):
                 window = rows[start : start + self.batch_size * self.accumulate]
                 pieces = [window[at : at + self.batch_size] for at in range(0, len(window), self.batch_size)]
