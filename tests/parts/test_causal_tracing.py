@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -158,9 +159,7 @@ def test_windows_reach_from_half_before_to_half_after_and_stay_in_the_stack():
     for layers in (1, 4, 9):
         for window in (1, 2, 3, 10):
             for layer in range(layers):
-                inside = [
-                    i for i in range(layers) if layer - window // 2 <= i < layer + -(-window // 2)
-                ]
+                inside = [i for i in range(layers) if layer - window // 2 <= i < layer + -(-window // 2)]
                 assert list(restoration_window(layer, window, layers)) == inside
     assert list(restoration_window(5, 1, 9)) == [5]
 
@@ -220,7 +219,7 @@ def test_a_subject_is_found_by_text_and_by_offsets_alike():
     for word in words:
         starts.append(starts[-1] + len(word))
     assert subject_range(words, "Anna Lind") == (2, 5)
-    exact = list(zip(starts, starts[1:], strict=False))
+    exact = list(pairwise(starts))
     assert subject_range_in(prompt, "Anna Lind", exact) == (2, 5)
     without_blanks = [(start + prompt[start:end].startswith(" "), end) for start, end in exact]
     special = [(0, 0), *without_blanks]
