@@ -247,6 +247,12 @@ def test_the_parts_of_usual_decoders_are_found():
     assert part_of(gpt2(), "transformer.h.1", "attention") == "transformer.h.1.attn"
 
 
+def test_experts_within_blocks_are_not_taken_for_blocks():
+    blocks = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(8))}) for _ in range(3)]
+    model = nn.ModuleDict({"embed": nn.Embedding(3, 2), "blocks": nn.ModuleList(blocks)})
+    assert decoder_of(model).blocks == ("blocks.0", "blocks.1", "blocks.2")
+
+
 def test_parameters_of_blocks_are_chosen_by_layer_and_part():
     names = block_parameters(llama(), [2, 0], "mlp")
     assert len(names) == 6

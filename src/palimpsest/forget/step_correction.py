@@ -50,8 +50,8 @@ def corrected_step(
     """The step nearest to a proposed one that no protected loss rises along, to first order.
 
     argmin 1/2 (d - proposed)^T M (d - proposed) subject to g^T d <= 0 for every gradient g. So
-    d = proposed - M^-1 G lambda; lambda is found in double precision over active sets: by exchange, and if that does
-    not end, by trying all of them.
+    d = proposed - M^-1 G lambda; lambda is found in double precision over active sets: by exchange, and
+    if that does not end, by trying all of them.
 
     Args:
         proposed: Parameters after the step - before it.
