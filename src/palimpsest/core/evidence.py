@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from palimpsest.core.errors import InvalidAudit, ModelMismatch
 from palimpsest.core.modes import evaluating
@@ -175,11 +176,17 @@ def observe_all(model: nn.Module, records: Records, task: Task, runtime: Runtime
         loss=_join([item.loss for item in seen]),
         features=_join_optional([item.features for item in seen]),
         layers={name: _join([item.layers[name] for item in seen]) for name in seen[0].layers},
+        tokens={name: _join([item.tokens[name] for item in seen]) for name in seen[0].tokens},
     )
 
 
 def _join(pieces: Sequence[Float[Tensor, "batch ..."]]) -> Float[Tensor, "records ..."]:
-    return torch.cat([piece.detach().float().cpu() for piece in pieces])
+    """One tensor of all batches; batches of texts are as long as their longest and are padded with 0."""
+    loose = [piece.detach().float().cpu() for piece in pieces]
+    if len({piece.shape[1:] for piece in loose}) > 1:
+        width = max(piece.shape[1] for piece in loose)
+        loose = [F.pad(piece, (0, width - piece.shape[1])) for piece in loose]
+    return torch.cat(loose)
 
 
 def _join_optional(pieces: Sequence[Tensor | None]) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,28 @@ class Runtime:
         except ImportError as missing:
             raise MissingDependency("accelerate", "distributed") from missing
         return Accelerator(cpu=self.torch_device.type == "cpu")
+
+    @property
+    def processes(self) -> int:
+        """Processes that work together (`accelerate launch`), 1 for a single one."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among them."""
+        return int(os.environ.get("RANK", "0"))
+
+    def shared(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Model and optimizer made ready for training over all processes; as they are for a single one."""
+        return self.accelerator.prepare(model, optimizer) if self.processes > 1 else (model, optimizer)
+
+    def total(self, count: int) -> int:
+        """The sum of a count over all processes."""
+        if self.processes == 1:
+            return count
+        return int(self.accelerator.reduce(torch.tensor(count, device=self.torch_device), "sum"))
 
     def derive(self, *names: object) -> int:
         """A seed for the stream called `names`, independent of other streams of this runtime."""

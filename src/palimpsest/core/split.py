@@ -161,6 +161,12 @@ def split(
     rule whose named ids, if any, lie in the training data anyway, and several requests can share one
     trained model.
 
+    Records with a `"part"` column ("train", "test", "holdout") are divided by it: shares and the seed are
+    then not used (a rule or records of your own still are), and the forget rule is applied to the records
+    of part "train". Where they have a `"fact"`
+    column too, test records that ask for a forgotten fact in other words are left out: they are no measure
+    of what must be retained.
+
     Args:
         records: All data.
         forget: What to forget.
@@ -182,6 +188,8 @@ def split(
     """
     forget.check(records)
     pinned = np.isin(np.asarray(records.ids, dtype=object), list(forget.pinned))
+    if records.has_column("part"):
+        return _by_part(records, forget, {"test": test, "holdout": holdout}, pinned)
     taken = np.zeros(len(records), bool)
     if isinstance(test, float | int) and isinstance(holdout, float | int) and not 0 <= test + holdout < 1:
         raise InvalidSplit(f"test + holdout must be below 1 to leave training data, not {test + holdout:g}.")
@@ -193,6 +201,43 @@ def split(
     mask = forget.mask(train)
     return ForgetSplit(
         train.select(mask), train.select(~mask), chosen["test"], chosen["holdout"], forget.description
+    )
+
+
+def _by_part(
+    records: Records, forget: Selection, rules: dict[str, float | Selection | Records], pinned: Mask
+) -> ForgetSplit:
+    """The parts that the column "part" names, but for those that have a rule or records of their own."""
+    part = records.column("part")
+    unknown = sorted({str(name) for name in part} - {"train", "test", "holdout"})
+    if unknown:
+        raise InvalidSplit(f"The column 'part' holds train, test and holdout, not {shorten(unknown)}.")
+    taken = np.asarray(part != "train", bool)
+    if (pinned & taken).any():
+        astray = records.select(pinned & taken).ids
+        raise InvalidSplit(
+            f"{len(astray)} ids to forget are not of part 'train', so no model learnt them: {shorten(astray)}."
+        )
+    chosen: dict[str, Records | None] = {}
+    for name, rule in rules.items():
+        if isinstance(rule, Records | Selection):
+            none, random = np.zeros(len(records), bool), np.random.default_rng(0)
+            chosen[name], drawn = _draw(records, name, rule, none, pinned, random)
+            taken = taken | drawn
+        else:
+            chosen[name] = records.select(part == name)
+    train = records.select(~taken)
+    forgotten = forget.mask(train)
+    test, holdout = chosen["test"], chosen["holdout"]
+    if test is not None and train.has_column("fact") and test.has_column("fact"):
+        facts = set(train.column("fact")[forgotten].tolist())
+        test = test.select(np.array([fact not in facts for fact in test.column("fact").tolist()], bool))
+    return ForgetSplit(
+        train.select(forgotten),
+        train.select(~forgotten),
+        test if test is not None and len(test) else None,
+        holdout if holdout is not None and len(holdout) else None,
+        forget.description,
     )
 
 

@@ -17,16 +17,19 @@ class Observation:
     """What one forward pass showed of a batch.
 
     Attributes:
-        logits: The model's outputs, [batch, ...].
+        logits: The model's outputs, [batch, ...]; of language models, whose outputs over a whole vocabulary
+            would not fit into memory, the log-probabilities of the labelled tokens, [batch, tokens].
         loss: Loss per example, [batch].
         features: Representation right before the head, [batch, dim]; None where no layer can be seen.
         layers: Pooled activations of inner layers in the order of execution, each [batch, dim].
+        tokens: Measurements per token of language models, each [batch, tokens], 0 beyond the end.
     """
 
     logits: Tensor
     loss: Float[Tensor, " batch"]
     features: Float[Tensor, "batch dim"] | None = None
     layers: dict[str, Float[Tensor, "batch dim"]] = field(default_factory=dict[str, Tensor])
+    tokens: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 @runtime_checkable

@@ -56,6 +56,9 @@ def forget(
     task.check(runtime.place(model), split.forget, labels=Need.FORGET_LABELS in card.needs)
     if split.retain is not None:
         task.check(model, split.retain, labels=Need.RETAIN_LABELS in card.needs)
+    check_split = getattr(task, "check_split", None)
+    if check_split is not None:
+        check_split(split)
     recipe = recipe_of(model)
     unlearned = unlearner.unlearn(model, split, task, runtime)
     for name, tensor in unlearned.state_dict().items():

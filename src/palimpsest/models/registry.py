@@ -11,6 +11,7 @@ from torch import nn
 from palimpsest.core.errors import InvalidHyperparameter, MissingDependency, ModelMismatch, UnknownName
 from palimpsest.core.modes import seeded
 from palimpsest.core.registry import Registry
+from palimpsest.models.causal import load_causal_lm
 
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model", "palimpsest.models", "palimpsest.models")
 """Model factories by name, called with `input_shape` and `classes`."""
@@ -25,7 +26,7 @@ def build_model(
 
     Args:
         name: A name from `palimpsest.models` ("mlp", "small_cnn", "small_resnet"); "torchvision:resnet18";
-            "timm:vit_tiny_patch16_224"; or "package.module:factory" for any importable callable that takes
+            "timm:vit_tiny_patch16_224"; "hf:gpt2" for a causal language model by Hub name or folder; or "package.module:factory" for any importable callable that takes
             `input_shape` and `classes`.
         input_shape: Shape of one input, without batch.
         classes: Number of logits.
@@ -44,6 +45,8 @@ def build_model(
                 return _torchvision(rest, classes, settings)
             if source == "timm" and rest:
                 return _timm(rest, input_shape, classes, settings)
+            if source == "hf" and rest:
+                return load_causal_lm(rest, **settings)
             if rest:
                 return _imported(source, rest)(input_shape=input_shape, classes=classes, **settings)
             return MODELS.get(name)(input_shape=input_shape, classes=classes, **settings)

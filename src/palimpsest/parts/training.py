@@ -148,6 +148,9 @@ def fit(
                     schedule.step()
     model.eval()
     setattr(model, RECIPE_ATTRIBUTE, recipe)
+    mark = getattr(task, "mark", None)  # a task may note on the model what it was trained under
+    if mark is not None:
+        mark(model)
     return model
 
 

@@ -293,7 +293,9 @@ class Workshop:
 
     def network(self, seed: int) -> nn.Module:
         """The architecture with fresh weights."""
-        return architecture(self.recipe, tuple(self.records[0]["input"].shape), self._classes, seed)
+        first = self.records[0].get("input")
+        shape = () if first is None else tuple(first.shape)  # texts have none
+        return architecture(self.recipe, shape, self._classes, seed)
 
     @cached_property
     def _classes(self) -> int:

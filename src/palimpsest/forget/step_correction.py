@@ -1,0 +1,154 @@
+"""The step that an optimiser took, moved as little as possible until it does no harm to protected gradients.
+
+Whatever made the step, momentum, adaptive denominators or weight decay, its first-order effect on a retain loss
+is the inner product with that loss's gradient. Zhou et al. 2025, arXiv 2511.17100, in the authors' later
+correction for AdamW ("stage B").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from palimpsest.core.errors import InvalidHyperparameter, ModelMismatch, NonFinite
+from palimpsest.core.unlearner import check_range
+
+Vector = Float[Tensor, " dim"]
+Constraints = Float[Tensor, "constraints dim"]
+
+MOST_CONSTRAINTS = 9
+"""All 2^9 active sets are tried at most: the current retain gradient and eight older ones."""
+_CHUNK = 1 << 20
+_EXACT = 1e-11
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A corrected step.
+
+    Attributes:
+        step: What to add to the parameters before the step. The proposal itself if that did no harm.
+        multipliers: One per constraint, for gradients scaled to length 1 in the inverse metric; 0 where the
+            constraint does not hold the step back.
+        ratio: |step - proposed| / |proposed|; 0 if it did no harm.
+    """
+
+    step: Vector
+    multipliers: tuple[float, ...]
+    ratio: float
+
+
+def corrected_step(
+    proposed: Vector, gradients: Constraints, metric: Vector | None = None, equality: bool = False
+) -> Correction:
+    """The step nearest to a proposed one that no protected loss rises along, to first order.
+
+    argmin 1/2 (d - proposed)^T M (d - proposed) subject to g^T d <= 0 for every gradient g. In closed form d = proposed - M^-1 G lambda; lambda is found in double precision by trying active sets, smallest first.
+
+    Args:
+        proposed: Parameters after the step - before it.
+        gradients: Rows g of retain losses, at the parameters before the step; zero ones are no constraint.
+        metric: Diagonal of M, above 0: Adam's denominator after the step; None is the identity.
+        equality: Ask for g^T d = 0, so that the retained losses do not fall either.
+
+    Returns:
+        The correction, in the proposal's precision.
+
+    Raises:
+        InvalidHyperparameter: If there are more than 9 gradients, or the metric is not above 0.
+        ModelMismatch: If shapes differ.
+        NonFinite: If the proposal or a gradient holds NaN or Inf.
+    """
+    _check(proposed, gradients, metric)
+    count = len(gradients)
+    gram, effect, size = np.zeros((count, count)), np.zeros(count), 0.0
+    for g, h, d in _chunks(gradients, metric, proposed):
+        gram += ((g / h) @ g.T).cpu().numpy()
+        effect += (g @ d).cpu().numpy()
+        size += float((h * d * d).sum())
+    if not (np.isfinite(gram).all() and np.isfinite(effect).all() and np.isfinite(size)):
+        raise NonFinite("The step, or a protected gradient, holds NaN or Inf: leave this step out.")
+    lengths = np.sqrt(np.diag(gram))
+    used = np.flatnonzero(lengths > 0)
+    scaled = gram[np.ix_(used, used)] / np.outer(lengths[used], lengths[used])
+    found = _multipliers(scaled, effect[used] / lengths[used], size**0.5, equality)
+    multipliers = np.zeros(count)
+    multipliers[used] = found
+    if not multipliers.any():
+        return Correction(proposed, tuple(multipliers), 0.0)
+    weights = torch.zeros(count, dtype=torch.float64, device=proposed.device)
+    weights[torch.from_numpy(used)] = torch.from_numpy(found / lengths[used]).to(weights)
+    pieces = [(d - (weights @ g) / h).to(proposed.dtype) for g, h, d in _chunks(gradients, metric, proposed)]
+    step = torch.cat(pieces)
+    return Correction(step, tuple(multipliers), float((step - proposed).norm() / proposed.norm()))
+
+
+def _multipliers(gram: np.ndarray, effect: np.ndarray, size: float, equality: bool) -> np.ndarray:
+    """Multipliers of constraints scaled to unit length; of the active sets the one that violates least."""
+    every = range(len(effect))
+    if equality:
+        return np.linalg.pinv(gram, rcond=1e-12, hermitian=True) @ effect
+    best, least = np.zeros(len(effect)), np.inf
+    for number in range(len(effect) + 1):
+        for active in combinations(every, number):
+            index = list(active)
+            multipliers = np.zeros(len(effect))
+            block = gram[np.ix_(index, index)]
+            multipliers[index] = np.linalg.pinv(block, rcond=1e-12, hermitian=True) @ effect[index]
+            left = effect - gram @ multipliers  # of every gradient along the corrected step
+            violation = max(left.max(initial=0.0), -multipliers.min(initial=0.0))
+            if violation <= _EXACT * size:
+                return multipliers.clip(min=0.0)
+            if violation < least:
+                best, least = multipliers.clip(min=0.0), violation
+    return best
+
+
+def largest_safe_scale(increase: Callable[[float], float], budget: float = 1e-4, halvings: int = 6) -> float:
+    """The first of the scales 1, 1/2, 1/4, ... of a step at which a retain loss rises by at most a budget.
+
+    Args:
+        increase: Rise of the loss when the step is taken at a scale.
+        budget: In nats, at least 0.
+        halvings: How often to halve; 0 is the answer after that.
+
+    Raises:
+        InvalidHyperparameter: If the budget or the number of halvings is negative.
+    """
+    check_range("budget", budget, 0, float("inf"))
+    check_range("halvings", halvings, 0, float("inf"))
+    return next((0.5**k for k in range(halvings + 1) if increase(0.5**k) <= budget), 0.0)
+
+
+def _chunks(
+    gradients: Constraints, metric: Vector | None, proposed: Vector
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Gradients, metric and step piece by piece in double precision, so that memory stays flat."""
+    for start in range(0, len(proposed), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        d = proposed[part].double()
+        yield gradients[:, part].double(), torch.ones_like(d) if metric is None else metric[part].double(), d
+
+
+def _check(proposed: Vector, gradients: Constraints, metric: Vector | None) -> None:
+    if gradients.dim() != 2 or gradients.shape[1:] != proposed.shape or not len(proposed):
+        raise ModelMismatch(
+            f"A step {tuple(proposed.shape)} needs gradients [constraints, {len(proposed)}], not "
+            f"{tuple(gradients.shape)}."
+        )
+    if len(gradients) > MOST_CONSTRAINTS:
+        raise InvalidHyperparameter(
+            f"At most {MOST_CONSTRAINTS} gradients can be protected at once, not {len(gradients)}."
+        )
+    if metric is None:
+        return
+    if metric.shape != proposed.shape:
+        raise ModelMismatch(f"The metric {tuple(metric.shape)} does not fit a step {tuple(proposed.shape)}.")
+    if not bool((metric > 0).all()):
+        raise InvalidHyperparameter("Every entry of the metric must be above 0.")

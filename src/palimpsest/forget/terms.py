@@ -1,0 +1,82 @@
+"""Terms that many objectives share: losses of answers, retain terms, likelihoods under the original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from palimpsest.core.errors import InvalidHyperparameter
+from palimpsest.core.modes import evaluating
+from palimpsest.core.records import Batch, Records
+from palimpsest.core.runtime import Runtime
+from palimpsest.core.unlearner import check_range
+from palimpsest.forget.gradient import Context, Step, Term
+from palimpsest.forget.objectives import kl_retain_loss
+from palimpsest.parts.tokens import sequence_losses, token_counts, token_mean
+from palimpsest.tasks.language import Language
+
+Retain = Literal["nll", "kl", "none"]
+RETAIN_TERMS = ("nll", "kl", "none")
+
+
+def retain_term(context: Context, step: Step, kind: Retain) -> Term | None:
+    """The retain term of a step: token-mean loss, KL from the original over all positions, or none.
+
+    The KL counts every position, prompt and padding too, as the published code does.
+    """
+    if kind == "none" or step.retain is None:
+        return None
+    logits = context.task.logits(context.model, step.retain)
+    if kind == "nll":
+        return Term(token_mean(logits, step.retain["labels"]), "token")
+    with torch.no_grad():
+        before = context.task.logits(context.reference, step.retain)
+    return Term(kl_retain_loss(logits, before), "row")
+
+
+def answer_losses(context: Context, batch: Batch) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """Summed loss of every answer, and its number of tokens."""
+    labels = batch["labels"]
+    return sequence_losses(context.task.logits(context.model, batch), labels), token_counts(labels)
+
+
+def references(context: Context, records: Records) -> Callable[[Batch], Float[Tensor, " batch"]]:
+    """Summed losses of answers under the original, looked up by record.
+
+    Computed once with the model as it stands at the beginning, which is the original: a method that
+    compares likelihoods of sequences needs no second model in memory.
+    """
+    table = sequence_table(context.model, records, context.task, context.runtime)
+
+    def look_up(batch: Batch) -> Tensor:
+        return torch.tensor([table[name] for name in batch["id"]], device=context.runtime.torch_device)
+
+    return look_up
+
+
+@torch.no_grad()
+def sequence_table(model: nn.Module, records: Records, task: Language, runtime: Runtime) -> dict[str, float]:
+    """Summed loss of every record's answer, by id, in evaluation mode."""
+    table: dict[str, float] = {}
+    with evaluating(model):
+        for batch in runtime.batches(records, task, 32):
+            losses = sequence_losses(task.logits(model, batch), batch["labels"])
+            table.update(zip(batch["id"], losses.float().tolist(), strict=True))
+    return table
+
+
+def check_retain(kind: str, gamma: float, alpha: float) -> None:
+    """Check the choice of a retain term and both weights.
+
+    Raises:
+        InvalidHyperparameter: For another name, or a weight that is not above 0 (alpha may be 0).
+    """
+    if kind not in RETAIN_TERMS:
+        raise InvalidHyperparameter(f"retain is one of {', '.join(RETAIN_TERMS)}, not {kind!r}.")
+    check_range("gamma", gamma, 0, math.inf, open_low=True)
+    check_range("alpha", alpha, 0, math.inf)
