@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from palimpsest.audit.answers import NO_ANSWER, find_alias, is_answer, rouge_unique_words
+from palimpsest.audit.answers import NO_ANSWER, check_prompt, is_answer, rouge_unique_words
 from palimpsest.core.errors import InvalidAudit, InvalidRecords, UnknownName, shorten
 
 LEVELS = {"1": "fill-in-blank", "2": "question", "3": "adversarial"}
@@ -206,9 +206,8 @@ def check_leakage(query: str, aliases: Sequence[str], kind: str = "") -> None:
     Raises:
         InvalidRecords: If it does; names the alias and the probe.
     """
-    found = find_alias(query, aliases)
-    if found is not None and kind != "multiple choice":
-        raise InvalidRecords(f"The probe {query!r} holds its answer {found!r}.")
+    if kind != "multiple choice":
+        check_prompt(query, aliases)
 
 
 def check_neighbour(subject: str, answers: Sequence[str]) -> None:
