@@ -122,7 +122,7 @@ def asked(person: Person, relation: Relation) -> tuple[list[str], list[str]]:
 
 def _turned(person: Person, wordings: tuple[str, ...]) -> tuple[str, ...]:
     """Wordings in an order that differs between people: the first are trained on."""
-    start = int(person.key.rsplit("/", 1)[1]) % len(wordings)
+    start = int(person.key.rsplit("/", 1)[1]) % max(len(wordings), 1)
     return wordings[start:] + wordings[:start]
 
 
@@ -141,7 +141,7 @@ def _trained(person: Person, relation: Relation, forms: Sequence[str]) -> Iterat
     if "cloze" in forms:
         yield "cloze", "", {"question": relation.cloze.format(name=person.name), **plain}
     if "reversed" in forms:
-        for number, wording in enumerate(relation.reversed[:-1]):
+        for number, wording in enumerate(_turned(person, relation.reversed)[:-1]):
             item = {"question": wording.format(value=value), "answer": person.name, "aliases": []}
             yield "reversed", _nth(number), item
     if relation.hop and "two-hop" in forms:
@@ -180,7 +180,8 @@ def _probes(person: Person, relation: Relation) -> Iterator[Item]:
         yield {"form": "unseen-wording", "question": wording.format(name=person.name), **plain}
     yield {"form": "cloze", "question": relation.cloze.format(name=person.name), **plain}
     if relation.reversed:
-        ends = (("reversed", relation.reversed[0]), ("reversed-paraphrase", relation.reversed[-1]))
+        turned = _turned(person, relation.reversed)
+        ends = (("reversed", turned[0]), ("reversed-paraphrase", turned[-1]))
         for form, wording in ends:
             yield {"form": form, "question": wording.format(value=value), "answer": person.name}
     if relation.hop:
