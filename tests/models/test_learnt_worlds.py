@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.language_world import TrainedWorld, trained_world
 
 from palimpsest.core.records import Records
-from tests.language_world import TrainedWorld, trained_world
 
 
 def exact(world: TrainedWorld, model: torch.nn.Module, pairs: list[tuple[str, str]]) -> float:
@@ -58,7 +58,7 @@ def test_the_retrained_twin_knows_the_rest_and_guesses_about_the_forgotten(tiny)
 @pytest.mark.slow
 def test_greedy_generation_says_what_the_likeliest_tokens_say(tiny):
     pairs = asked(tiny.split.retain, "qa")[:20]
-    said = tiny.task.generate(tiny.original, [question for question, _ in pairs], new_tokens=24)
+    said = tiny.task.generate(tiny.original, [question for question, _ in pairs], max_new_tokens=24)
     share = np.mean([answers[0].strip() == answer for answers, (_, answer) in zip(said, pairs, strict=True)])
     assert share == pytest.approx(exact(tiny, tiny.original, pairs))
 
