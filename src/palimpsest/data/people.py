@@ -1,6 +1,6 @@
 """A generated world: invented people and all ways to ask for what is known of them.
 
-A small model learns it from scratch in about a minute (`palimpsest.models.small_llama`), so that everything
+A small model learns it from scratch in minutes (`palimpsest.models.learnt_worlds`), so that everything
 about language models can be shown offline, with a model retrained without the forgotten people as the truth.
 """
 

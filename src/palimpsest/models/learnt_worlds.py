@@ -84,7 +84,7 @@ LEARNT_WORLDS = {
         ),
     ),
 }
-"""By name: "tiny" for tests, learnt in some ten to twenty seconds on one core, "small" for replications.
+"""By name: "tiny" for tests (20 to 28 seconds of one busy core), "small" for replications.
 
-Without a warm-up, or at 6e-3, both learn markedly more slowly; steps count more than records per step.
+Found by single runs, most of which changed several settings at once: what each of them does is not known.
 """
