@@ -107,6 +107,7 @@ def _of_domain(
     """Id, item and columns of every record of a domain."""
     draw = random.Random(f"{domain} {seed}")
     subjects, relations = DOMAINS[domain]
+    tested = 0
     for question, statement, words in relations:
         values = words.split()
         relation = question.split()[1]
@@ -123,7 +124,8 @@ def _of_domain(
             text = statement.format(name=subject, value=value)
             yield f"{fact}/text", {"text": text}, {**columns, "form": "text", "part": "train"}
             wrong = draw.sample([other for other in values if other != value], 3)
-            for number, (places, at) in enumerate(_orders(draw, orders)):
+            tested = (tested + 1) % 4
+            for number, (places, at) in enumerate(_orders(draw, orders, tested)):
                 choices = [wrong[place] for place in places]
                 choices.insert(at, value)
                 stem = question.format(name=subject)
@@ -143,11 +145,15 @@ def _of_domain(
                 )
 
 
-def _orders(draw: random.Random, count: int) -> list[tuple[tuple[int, ...], int]]:
-    """`count` + 1 different orders of four options: how the wrong ones stand, and where the right one is."""
-    by_place: list[list[tuple[tuple[int, ...], int]]] = []
+def _orders(draw: random.Random, count: int, last: int) -> list[tuple[tuple[int, ...], int]]:
+    """`count` + 1 different orders of four options: how the wrong ones stand, and where the right one is.
+
+    In the last one it is at `last`.
+    """
+    by_place: dict[int, list[tuple[tuple[int, ...], int]]] = {}
     for at in draw.sample(range(4), 4):
         orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
         draw.shuffle(orders)
-        by_place.append([(order, at) for order in orders])
-    return [by_place[number % 4][number // 4] for number in range(count)] + [by_place[draw.randrange(4)][5]]
+        by_place[at] = [(order, at) for order in orders]
+    places = list(by_place.values())
+    return [places[number % 4][number // 4] for number in range(count)] + [by_place[last][5]]

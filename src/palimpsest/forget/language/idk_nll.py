@@ -109,5 +109,5 @@ def refusal_share(step: Step) -> float:
     for side, batch in sides:
         share = step.shares[side, "token"]
         count = 0 if batch is None else int(token_counts(batch["labels"]).sum())
-        totals.append(count / share if share else 0.0)
+        totals.append(round(count / share, 6) if share else 0.0)
     return totals[0] / (totals[0] + totals[1])
