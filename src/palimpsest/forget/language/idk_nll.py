@@ -13,7 +13,7 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, unlearner
-from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
+from palimpsest.forget.gradient import Context, GradientMethod, Losses, Side, Step, Term
 from palimpsest.forget.language.alternates import answering, asked, drawn
 from palimpsest.forget.terms import Retain, check_retain, retain_term
 from palimpsest.parts.refusals import refusals_of
@@ -105,8 +105,9 @@ class IdkNLL(GradientMethod):
 def refusal_share(step: Step) -> float:
     """Share of the refusals in the scored tokens of an optimizer step, over all its microbatches."""
     totals: list[float] = []
-    for side, batch in (("forget", step.forget), ("retain", step.retain)):
+    sides: tuple[tuple[Side, Batch | None], ...] = (("forget", step.forget), ("retain", step.retain))
+    for side, batch in sides:
         share = step.shares[side, "token"]
         count = 0 if batch is None else int(token_counts(batch["labels"]).sum())
-        totals.append(count / share if share else 0.0)
+        totals.append(round(count / share, 6) if share else 0.0)
     return totals[0] / (totals[0] + totals[1])

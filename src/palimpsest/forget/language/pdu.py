@@ -130,7 +130,8 @@ class DualState:
         ended = step.number > number if settings.dual == "step" else step.epoch > epoch
         if not ended:
             return
-        mean = runtime.mean(sum(self.seen.values()) / len(self.seen))
+        own = torch.tensor(sum(self.seen.values()) / len(self.seen), device=runtime.torch_device)
+        mean = float(runtime.mean(own))
         self.seen.clear()
         if epoch >= settings.dual_warmup:
             self.multiplier = dual_update(self.multiplier, mean, bound, settings.dual_step)
