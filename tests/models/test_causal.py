@@ -10,7 +10,6 @@ from torch import nn
 
 from palimpsest.core.errors import (
     InvalidHyperparameter,
-    MissingDependency,
     PickleRefused,
     UnreadableCheckpoint,
 )
@@ -92,11 +91,15 @@ def test_settings_that_do_not_go_together_are_refused(
         load_causal_lm(str(folder), **settings)
 
 
-def test_quantized_loading_says_which_library_it_lacks(folder: Path):
-    if importlib.util.find_spec("bitsandbytes"):
-        pytest.skip("bitsandbytes is installed")
-    with pytest.raises(MissingDependency, match="bitsandbytes"):
-        load_causal_lm(str(folder), bits=4, lora={})
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_train_on_quantized_weights(folder: Path, bits: int):
+    pytest.importorskip("bitsandbytes")
+    model = load_causal_lm(str(folder), bits=bits, lora={"r": 2})
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    names = list(trainable(model))
+    assert names and all("lora_" in name for name in names)
+    assert all(parameter.grad is not None for parameter in trainable(model).values())
 
 
 def test_a_place_without_a_model_is_an_error(tmp_path: Path):
