@@ -28,8 +28,29 @@ from palimpsest.parts.tokens import scored
 from palimpsest.parts.training import TrainingRecipe
 from palimpsest.tasks.language import Language
 
-NAMES = tuple("Ada Ben Cleo Dov Eva Finn Gus Hal Ida Jon Kim Lou Mo Ned Ola Pia Quin Roy Sue Tom".split())
-CITIES = tuple("Oslo Rome Bergen Turin Paris Lagos Quito Delhi Perth Turku".split()) * 2
+NAMES = (
+    "Ada",
+    "Ben",
+    "Cleo",
+    "Dov",
+    "Eva",
+    "Finn",
+    "Gus",
+    "Hal",
+    "Ida",
+    "Jon",
+    "Kim",
+    "Lou",
+    "Mo",
+    "Ned",
+    "Ola",
+    "Pia",
+    "Quin",
+    "Roy",
+    "Sue",
+    "Tom",
+)
+CITIES = ("Oslo", "Rome", "Bergen", "Turin", "Paris", "Lagos", "Quito", "Delhi", "Perth", "Turku") * 2
 QUICK: dict[str, Any] = {
     "layers": 1, "tuning": "full", "lr": 5e-3, "epochs": 25, "batch_size": 16, "accumulate": 1, "relative_top": 0.05,
 }  # fmt: skip
