@@ -33,8 +33,8 @@ NEAR_UNIFORM = 0.3
 
 @lru_cache(maxsize=2)
 def _pair(setting: Setting, **changes: Any) -> Combined:
-    method = replace(ULD(**SETTINGS), **changes)
-    found = forget(setting.original, setting.split, method, setting.task, runtime=setting.runtime)
+    settings = {**SETTINGS, **changes}
+    found = forget(setting.original, setting.split, "uld", setting.task, runtime=setting.runtime, **settings)
     assert isinstance(found, Combined)
     return found
 
