@@ -52,7 +52,7 @@ def main() -> None:
         pair = Combined(target, [truncated(target, depth)], Difference(0.8, 0.01))
         models[f"with an assistant of {depth} of {settings.layers} blocks"] = pair
     times: dict[str, list[float]] = {name: [] for name in models}
-    for name, model in models.items():
+    for model in models.values():
         seconds(model, ids, 4)  # nothing is measured while libraries load
     for _ in range(settings.repeats):  # in turn, so that a busy moment meets all
         for name, model in models.items():
