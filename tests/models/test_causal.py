@@ -92,9 +92,10 @@ def test_settings_that_do_not_go_together_are_refused(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_adapters_train_on_quantized_weights(folder: Path, bits: int):
+def test_adapters_train_on_quantized_weights(tmp_path: Path, bits: int):
     pytest.importorskip("bitsandbytes")
-    model = load_causal_lm(str(folder), bits=bits, lora={"r": 2})
+    small_llama(300, width=128, layers=1, heads=2).save_pretrained(tmp_path)  # its blocks are of 64 weights
+    model = load_causal_lm(str(tmp_path), bits=bits, lora={"r": 2})
     ids = torch.arange(8)[None]
     model(input_ids=ids, labels=ids).loss.backward()
     names = list(trainable(model))
