@@ -37,10 +37,12 @@ Judge = Callable[[Sequence[str]], Any]
 """Probability of each text that it asks for what is to be forgotten."""
 Picker = Callable[[str], list[tuple[int, int]]]
 """Where in a question the words stand that are to be corrupted: first and last character + 1."""
-OPENERS = frozenset(
-    "who what which where when why how whose whom is are was were do does did can could will would has have had "
-    "in on at for of from to by with as the a an name tell give please question complete if and or".split()
-)
+_OPENERS = """
+    who what which where when why how whose whom is are was were do does did can could will would has have had
+    in on at for of from to by with as the a an name tell give please question complete if and or
+"""
+OPENERS = frozenset(_OPENERS.split())
+"""Words that a question begins with, which are no names."""
 
 
 class ECOModel(Wrapped):

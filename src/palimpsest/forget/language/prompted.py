@@ -120,7 +120,7 @@ class RefusingModel(Wrapped):
         spoken = self._begun(call) if call.first else self._continued(call)
         output.logits = self.raised(output.logits, spoken)
         if call.cache is not None:
-            call.cache.notes["spoken"] = spoken[:, -1] if call.first is False else self._last(call, spoken)
+            call.cache.notes["spoken"] = self._last(call, spoken) if call.first else spoken[:, -1]
         return output
 
     def refuses(self, question: str) -> bool:
