@@ -60,14 +60,19 @@ class PromptedModel(Wrapped):
         return _at(output, _places(mask, read))
 
     def _continued(self, call: Call) -> Any:
-        cache, mask = call.cache, call.attended
+        cache = call.cache
         assert cache is not None
-        after = mask[:, cache.width :]
+        read = cache.notes["read"]
+        if call.mask is None:  # all tokens since then
+            count = call.before - read.shape[1] + call.ids.shape[1]
+            after = read.new_ones(len(call.ids), count)
+        else:
+            after = call.mask[:, cache.width :]
         positions = cache.notes["length"][:, None] + after.cumsum(1) - 1
         positions = positions[:, -call.ids.shape[1] :].clamp(min=0)
         return ask(
             self.inner,
-            call.change(mask=torch.cat([cache.notes["read"].to(after), after], 1), positions=positions),
+            call.change(mask=torch.cat([read.to(after), after], 1), positions=positions),
         )
 
     def rewritten(self, row: Sequence[int]) -> list[int]:
