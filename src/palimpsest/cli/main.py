@@ -13,6 +13,7 @@ from palimpsest.cli import (
     advise,
     audit,
     audits,
+    benchmarks,
     compare,
     data,
     forget,
@@ -85,7 +86,7 @@ def options(
 VERBS = {
     module.__name__.rpartition(".")[2].replace("_", "-"): module
     for module in (
-        compare, forget, audit, worst_case, tune, report, methods, audits, advise, replicate, leaderboard, data, models,
+        compare, forget, audit, worst_case, tune, report, methods, audits, benchmarks, advise, replicate, leaderboard, data, models,
     )
 }  # fmt: skip
 for name, verb in VERBS.items():
