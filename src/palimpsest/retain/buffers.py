@@ -296,7 +296,9 @@ class Herding:
             self.rows.keep(torch.cat(cut))
         for label in new:
             own = torch.nonzero(labels == label).flatten()
-            chosen = own[herding_order(features[own], min(share[label], len(own)), self.normalise).to(own.device)]
+            chosen = own[
+                herding_order(features[own], min(share[label], len(own)), self.normalise).to(own.device)
+            ]
             self.rows.put(len(self) + torch.arange(len(chosen)), _items(values, chosen))
         self.classes = total
 

@@ -58,7 +58,9 @@ def parse_stream(
         law = RECURRENCE[kind]
         recurrence = Recurrence(law, _number(share, text)) if at else Recurrence(law)
         base = f"class:{what}" if re.fullmatch(r"[\dx,]+", what) else f"domain:{what}"
-        stream = parse_stream(base + (":online" if online else ""), records, seed=seed, test=test, test_seed=test_seed)
+        stream = parse_stream(
+            base + (":online" if online else ""), records, seed=seed, test=test, test_seed=test_seed
+        )
         return recurring(stream, recurrence, seed or 0)
     if at and kind != "blurry":
         raise InvalidStream(f"A '{kind}' stream takes no share after '@': '{text}'. Write {FORM}.")
@@ -84,7 +86,9 @@ def _sizes(what: str, text: str) -> list[int]:
         return [int(repeated[2])] * int(repeated[1])
     if re.fullmatch(r"\d+(,\d+)*", what):
         return [int(size) for size in what.split(",")]
-    raise InvalidStream(f"Cannot read '{what}' in '{text}': 5x2 is 5 experiences of 2 classes, 4,2,2 three of them.")
+    raise InvalidStream(
+        f"Cannot read '{what}' in '{text}': 5x2 is 5 experiences of 2 classes, 4,2,2 three of them."
+    )
 
 
 def _number(item: str, text: str) -> float:

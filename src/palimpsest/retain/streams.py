@@ -111,7 +111,10 @@ def check_stream(stream: Stream) -> None:
                 f"Experience {number} carries the task id {experience.task}, which a {stream.scenario}-incremental "
                 "stream does not tell."
             )
-        if not experience.classes or not 0 <= min(experience.classes) <= max(experience.classes) < stream.classes:
+        if (
+            not experience.classes
+            or not 0 <= min(experience.classes) <= max(experience.classes) < stream.classes
+        ):
             raise InvalidStream(
                 f"Experience {number} has classes {experience.classes}; the stream has {stream.classes}, from 0."
             )
@@ -168,19 +171,32 @@ def class_incremental(
     labels = _labels(records)
     known = np.unique(labels).tolist()
     if order is None:
-        order = known if seed is None else [known[i] for i in np.random.default_rng(seed).permutation(len(known))]
+        order = (
+            known if seed is None else [known[i] for i in np.random.default_rng(seed).permutation(len(known))]
+        )
     if len(set(order)) != len(order) or not set(order) <= set(known):
-        raise InvalidStream(f"The order must name classes of the data once each, {shorten(known)}; not {list(order)}.")
+        raise InvalidStream(
+            f"The order must name classes of the data once each, {shorten(known)}; not {list(order)}."
+        )
     if min(sizes, default=0) < 1 or sum(sizes) > len(order):
-        raise InvalidStream(f"{list(sizes)} classes were asked for, the data have {len(order)}: give other sizes.")
+        raise InvalidStream(
+            f"{list(sizes)} classes were asked for, the data have {len(order)}: give other sizes."
+        )
     if not 0 <= blurry < 1:
-        raise InvalidStream(f"The share of records that blur the boundaries must lie in [0, 1), not {blurry}.")
+        raise InvalidStream(
+            f"The share of records that blur the boundaries must lie in [0, 1), not {blurry}."
+        )
     if blurry and (scenario != "class" or len(sizes) < 2):
-        raise InvalidStream("Only the boundaries of a class-incremental stream of several experiences can be blurry.")
+        raise InvalidStream(
+            "Only the boundaries of a class-incremental stream of several experiences can be blurry."
+        )
     chosen = [int(label) for label in order[: sum(sizes)]]
     train, held = divided(records.select(np.isin(labels, chosen)), test, test_seed)
     positions = {label: position for position, label in enumerate(chosen)}
-    train, held = relabelled(train, positions), relabelled(held.select(np.isin(held.column("label"), chosen)), positions)
+    train, held = (
+        relabelled(train, positions),
+        relabelled(held.select(np.isin(held.column("label"), chosen)), positions),
+    )
     home = np.repeat(np.arange(len(sizes)), sizes)
     places = home[train.column("label")]
     if blurry:
@@ -193,7 +209,13 @@ def class_incremental(
         for step in range(len(sizes))
     )  # fmt: skip
     return Stream(
-        experiences, scenario, len(chosen), name or f"{scenario}-incremental", online, blurry > 0, tuple(chosen)
+        experiences,
+        scenario,
+        len(chosen),
+        name or f"{scenario}-incremental",
+        online,
+        blurry > 0,
+        tuple(chosen),
     )
 
 
@@ -237,14 +259,18 @@ def domain_incremental(
     experiences: list[Experience] = []
     for step in range(count):
         if kind == "rotated":
-            angle = 180.0 * float(torch.rand((), generator=generator)) if isinstance(tasks, int) else tasks[step]
+            angle = (
+                180.0 * float(torch.rand((), generator=generator)) if isinstance(tasks, int) else tasks[step]
+            )
             change = partial(rotated, degrees=float(angle))
         elif kind == "permuted":
             change = partial(permuted, order=permutation(_values(train, pad), generator), pad=pad)
         else:
             raise InvalidStream(f"A domain-incremental stream is 'permuted' or 'rotated', not {kind!r}.")
         experiences.append(_experience(_in_domain(train, change, step), _in_domain(held, change, step), step))
-    return Stream(tuple(experiences), "domain", int(labels.max()) + 1, name or f"domain-incremental ({kind})", online)
+    return Stream(
+        tuple(experiences), "domain", int(labels.max()) + 1, name or f"domain-incremental ({kind})", online
+    )
 
 
 def from_parts(

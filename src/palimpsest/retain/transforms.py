@@ -50,17 +50,21 @@ def relabelled(records: Records, positions: Mapping[int, int], field: str = "lab
     return changed(records, field, lambda labels: table[labels.long()], label=new, original=old)
 
 
-def joined(parts: Sequence[Records]) -> Records:
+def joined(parts: Sequence[Records], ids: Sequence[str] | None = None) -> Records:
     """All records of several sets in one, in memory if they all are; shared columns stay.
+
+    Args:
+        parts: At least one set.
+        ids: New ids; the old ones by default.
 
     Raises:
         DuplicateIds: If a record is in two of them.
     """
-    if len(parts) == 1:
+    if len(parts) == 1 and ids is None:
         return parts[0]
     shared = [name for name in parts[0].columns if all(part.has_column(name) for part in parts)]
     columns = {name: np.concatenate([part.column(name) for part in parts]) for name in shared}
-    ids = [name for part in parts for name in part.ids]
+    ids = [name for part in parts for name in part.ids] if ids is None else ids
     tensors = [part.tensors for part in parts]
     known = [part for part in tensors if part is not None]
     if len(known) == len(parts):
@@ -97,7 +101,9 @@ def rotated(
         InvalidStream: If they are no images [batch, channels, height, width].
     """
     if images.dim() != 4:
-        raise InvalidStream(f"Only images [channels, height, width] can be rotated, not {tuple(images.shape[1:])}.")
+        raise InvalidStream(
+            f"Only images [channels, height, width] can be rotated, not {tuple(images.shape[1:])}."
+        )
     height, width = images.shape[-2:]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     # affine_grid works in units of half the height and half the width: the shear must be scaled by their ratio
