@@ -34,6 +34,11 @@ def head_of(model: nn.Module, name: str | None = None) -> nn.Module:
     return head
 
 
+def outputs_of(model: nn.Module, name: str | None = None) -> int:
+    """Number of outputs of the head."""
+    return len(_weight(head_of(model, name)))
+
+
 def resize_head(model: nn.Module, outputs: int, name: str | None = None) -> None:
     """Give the head so many outputs, in place: old rows stay, new ones are drawn as the layer draws its own.
 
@@ -45,7 +50,7 @@ def resize_head(model: nn.Module, outputs: int, name: str | None = None) -> None
     """
     name = name or head_name(model)
     old = head_of(model, name)
-    weight = old.weight
+    weight = _weight(old)
     if len(weight) == outputs:
         return
     reset = getattr(old, "reset_parameters", None)
@@ -63,7 +68,7 @@ def resize_head(model: nn.Module, outputs: int, name: str | None = None) -> None
                 )
                 setattr(new, part, fresh)
         if hasattr(new, "out_features"):
-            new.out_features = outputs  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(new, "out_features", outputs)  # noqa: B010
         new.reset_parameters()  # pyright: ignore[reportCallIssue]
         for part, parameter in old.named_parameters(recurse=False):
             fresh = getattr(new, part)
@@ -73,3 +78,9 @@ def resize_head(model: nn.Module, outputs: int, name: str | None = None) -> None
                 fresh[:kept] = parameter[:kept]
     place, _, attribute = name.rpartition(".")
     setattr(module_of(model, place) if place else model, attribute, new)
+
+
+def _weight(head: nn.Module) -> Tensor:
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    return weight

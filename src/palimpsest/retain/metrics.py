@@ -102,7 +102,7 @@ def worst_case_accuracy(history: History) -> float:
 
 
 def largest_drop(values: Float[NDArray[np.float64], " evaluations"]) -> float:
-    """max over m < n of values[m] - values[n]; negative if they only rise, 0 for a single value."""
+    """Largest values[m] - values[n] with m < n; negative if they only rise, 0 for a single value."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return 0.0
@@ -110,7 +110,7 @@ def largest_drop(values: Float[NDArray[np.float64], " evaluations"]) -> float:
 
 
 def largest_rise(values: Float[NDArray[np.float64], " evaluations"], as_released: bool = False) -> float:
-    """max over m < n of values[n] - values[m]; negative if they only fall, 0 for a single value.
+    """Largest values[n] - values[m] with m < n; negative if they only fall, 0 for a single value.
 
     Args:
         values: In the order of evaluation.

@@ -25,6 +25,9 @@ Law = Literal["sequential", "uniform", "exponential", "power", "lag-power", "fre
 LAWS: tuple[Law, ...] = ("sequential", "uniform", "exponential", "power", "lag-power", "free-power", "full")
 BUDGETED: tuple[Law, ...] = ("uniform", "exponential", "power", "lag-power")
 
+PUBLISHED = (57927, 33969, 20867, 13329, 8802, 5981, 4167, 2968, 2155, 1592)
+"""Records at lag 0 to 9 in the published experiments: `free_power` read off with an error of up to one record."""
+
 
 @dataclass(frozen=True)
 class Recurrence:
@@ -85,6 +88,11 @@ def counts(tasks: int, new: int, recurrence: Recurrence) -> Int[NDArray[np.int64
     return table
 
 
+def free_power(lag: int) -> float:
+    """57927 ((20 + 2k) / 20)^-5.6: records at lag k of the law without a budget, for 57,927 new ones."""
+    return PUBLISHED[0] * ((20 + 2 * lag) / 20) ** -5.6
+
+
 def _returning(step: int, new: int, recurrence: Recurrence) -> NDArray[np.int64]:
     """Records of the tasks 0 to step - 1 in experience `step`."""
     law, task = recurrence.law, np.arange(step)
@@ -94,8 +102,8 @@ def _returning(step: int, new: int, recurrence: Recurrence) -> NDArray[np.int64]
     if law == "full":
         return np.full(step, new, np.int64)
     if law == "free-power":
-        # the released list was rounded; floor and rounding differ by at most one record
-        return np.rint(new * ((20 + 2 * lag) / 20.0) ** -5.6).astype(np.int64)
+        listed = np.array([PUBLISHED[k] if k < len(PUBLISHED) else free_power(k) for k in lag.tolist()])
+        return np.floor(new * listed / PUBLISHED[0]).astype(np.int64)
     budget = int(np.floor(new * recurrence.fraction))
     if law == "uniform":
         return np.full(step, budget // step, np.int64)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -272,5 +271,7 @@ def _bytes(value: Any) -> int:
     return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def _finite(values: Float[NDArray[np.float64], "..."]) -> Any:
-    return np.where(np.isfinite(values), values.astype(object), None).tolist()
+def _finite(values: NDArray[np.float64]) -> Any:
+    plain = values.astype(object)
+    plain[~np.isfinite(values)] = None
+    return plain.tolist()

@@ -169,7 +169,7 @@ def class_incremental(
         InvalidStream: If there are not enough classes, or a class has nothing to train or test on.
     """
     labels = _labels(records)
-    known = np.unique(labels).tolist()
+    known: list[int] = np.unique(labels).tolist()
     if order is None:
         order = (
             known if seed is None else [known[i] for i in np.random.default_rng(seed).permutation(len(known))]

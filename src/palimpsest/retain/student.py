@@ -29,7 +29,7 @@ from palimpsest.core.task import Task
 from palimpsest.parts.activations import head_name
 from palimpsest.parts.recorder import Recorder
 from palimpsest.retain.augmentation import AUGMENTATIONS, Augmentation, view
-from palimpsest.retain.heads import head_of, masked, resize_head
+from palimpsest.retain.heads import masked, outputs_of, resize_head
 from palimpsest.retain.streams import Experience, Scenario
 
 
@@ -139,7 +139,7 @@ class Student:
         self.recorder: Recorder[Any] | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._head: str | None = getattr(task, "head", None) or head_name(model)
-        outputs = len(head_of(model, self._head).weight)
+        outputs = outputs_of(model, self._head)
         if outputs != classes:
             raise ModelMismatch(
                 f"The model has {outputs} outputs, the stream {classes} classes: build it with as many."
@@ -149,7 +149,7 @@ class Student:
     @property
     def outputs(self) -> int:
         """Outputs of the head as it is now."""
-        return len(head_of(self.model, self._head).weight)
+        return outputs_of(self.model, self._head)
 
     def generator(self, name: str) -> torch.Generator:
         """A generator for a method's own draws."""

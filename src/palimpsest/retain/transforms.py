@@ -44,10 +44,15 @@ def relabelled(records: Records, positions: Mapping[int, int], field: str = "lab
     """Records with new labels; the old ones are kept in the column "original"."""
     old = records.column("label")
     new = np.asarray([positions[int(label)] for label in old], dtype=np.int64)
-    table = torch.full((max(positions) + 1,), -1, dtype=torch.long)
-    for before, after in positions.items():
-        table[before] = after
-    return changed(records, field, lambda labels: table[labels.long()], label=new, original=old)
+    keys = torch.tensor(sorted(positions))
+    values = torch.tensor([positions[int(key)] for key in keys])
+    return changed(
+        records,
+        field,
+        lambda labels: values[torch.searchsorted(keys, labels.long())],
+        label=new,
+        original=old,
+    )
 
 
 def joined(parts: Sequence[Records], ids: Sequence[str] | None = None) -> Records:
