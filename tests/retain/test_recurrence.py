@@ -75,7 +75,7 @@ def test_a_budget_too_small_for_all_tasks_is_warned_of(digits):
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(law="linear"), dict(fraction=0.0), dict(fraction=1.5), dict(a=2.0), dict(b=0.0), dict(offset=-1.0)],
+    [{"law": "linear"}, {"fraction": 0.0}, {"fraction": 1.5}, {"a": 2.0}, {"b": 0.0}, {"offset": -1.0}],
 )
 def test_values_out_of_range_are_refused(settings):
     with pytest.raises(InvalidStream):
