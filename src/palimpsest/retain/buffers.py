@@ -182,7 +182,7 @@ class Ring:
 
 
 class ClassBalanced:
-    """A uniform sample of every class met so far, of equal size.
+    """A uniform sample of every class (or other group) met so far, of equal size.
 
     Every record gets a random weight when it is offered; each class keeps those of largest weight, size //
     classes of them, the first classes one more where that leaves a rest. A class that has shown fewer keeps
@@ -191,13 +191,14 @@ class ClassBalanced:
     Args:
         size: Records kept in all.
         generator: For what is kept and drawn.
+        by: Field with the number of the group: "label", or "task".
 
     Raises:
         InvalidHyperparameter: If more classes come than there are slots.
     """
 
-    def __init__(self, size: int, generator: torch.Generator):
-        self.size, self.generator, self.rows = _checked(size), generator, Rows()
+    def __init__(self, size: int, generator: torch.Generator, by: str = "label"):
+        self.size, self.generator, self.by, self.rows = _checked(size), generator, by, Rows()
         self.weights = torch.empty(0, dtype=torch.float64)
         self.classes: list[int] = []
 
@@ -205,15 +206,15 @@ class ClassBalanced:
         return len(self.rows)
 
     def add(self, **values: Tensor) -> None:
-        """Offer records; "label" is among their fields."""
-        labels = values["label"]
+        """Offer records; the field `by` is among them."""
+        labels = values[self.by]
         self.classes += [label for label in dict.fromkeys(labels.tolist()) if label not in self.classes]
         _checked(self.size, len(self.classes))
         fresh = torch.rand(len(labels), generator=self.generator, dtype=torch.float64)
         self.rows.put(len(self) + torch.arange(len(labels)), values)
         self.weights = torch.cat([self.weights, fresh])
         kept: list[Tensor] = []
-        held = self.rows.fields["label"].cpu()
+        held = self.rows.fields[self.by].cpu()
         for label, share in zip(self.classes, shares(self.size, len(self.classes)), strict=True):
             own = torch.nonzero(held == label).flatten()
             kept.append(own[self.weights[own].argsort(descending=True)[:share]])
@@ -227,7 +228,7 @@ class ClassBalanced:
 
     def draw_balanced(self, count: int) -> Fields:
         """As many of each class as can be, the rest to classes drawn at random; without replacement."""
-        held = self.rows.fields["label"].cpu() if len(self) else torch.empty(0, dtype=torch.long)
+        held = self.rows.fields[self.by].cpu() if len(self) else torch.empty(0, dtype=torch.long)
         return self.rows.at(balanced_rows(held, count, self.generator)) if len(self) else {}
 
     def all(self) -> Fields:
