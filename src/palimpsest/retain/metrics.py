@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.intervals import clopper_pearson
+from palimpsest.core.matrix import ScoreMatrix
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,21 @@ def average_accuracy(history: History) -> float:
     if not history.learning:
         raise InvalidAudit("There is no accuracy before the first evaluation.")
     return float(np.mean(history.accuracy[-1][: history.tasks]))
+
+
+def forgetting_so_far(matrix: ScoreMatrix) -> Float[NDArray[np.float64], "steps items"]:
+    """What each earlier task has lost since its own step, after every step: R[j][j] - R[t][j] for t > j, else 0."""
+    return np.tril(matrix.at_their_time - matrix.scores, -1)
+
+
+def forgetting_with_last(matrix: ScoreMatrix) -> float:
+    """Mean drop of the earlier tasks from their best score, the last step among the candidates: at least 0.
+
+    The forgetting of Mammoth and of several online papers; `ScoreMatrix.forgetting` leaves the last step out.
+    """
+    items = matrix.scores.shape[1]
+    best = [np.nanmax(matrix.scores[item:, item]) for item in range(items - 1)]
+    return float(np.mean(np.array(best) - matrix.at_the_end[:-1])) if items > 1 else float("nan")
 
 
 def accuracy_interval(accuracy: float, size: int) -> tuple[float, float]:

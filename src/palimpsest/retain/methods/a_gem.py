@@ -62,7 +62,7 @@ class AGEM:
                     if stored:
                         with statistics_kept(student.model):
                             logits = student.logits(student.augmented(stored))
-                        student.backward(F.cross_entropy(logits, stored["label"]))
+                            student.backward(F.cross_entropy(logits, stored["label"]))
                         reference = flat_gradient(student.parameters())
                     student.backward(
                         F.cross_entropy(student.logits(student.augmented(batch)), batch["label"])

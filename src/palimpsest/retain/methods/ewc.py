@@ -45,7 +45,7 @@ class EWC:
         by_probability: Weigh each record's squared gradient by its p(true label), as the Mammoth library does.
     """
 
-    strength: float = 100.0
+    strength: float = 10.0
     online: bool = True
     gamma: float = 1.0
     by_probability: bool = False
@@ -97,7 +97,7 @@ class EWC:
 def penalty(
     model: nn.Module, importance: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
 ) -> Float[Tensor, ""]:
-    """sum_i F_i (theta_i - theta*_i)^2 over what was there at the anchor, with its graph."""  # noqa: D403
+    """sum_i F_i (theta_i - theta*_i)^2 over what was there at the anchor, with its graph."""
     terms = [
         (importance[name] * (parameter[: len(anchor[name])] - anchor[name]) ** 2).sum()
         for name, parameter in trainable(model).items()

@@ -63,7 +63,7 @@ class SI:
         student = self.student
         with student.learning(experience):
             parameters, start = trainable(student.model), weights_of(student.model)
-            path = {name: torch.zeros_like(value) for name, value in start.items()}
+            self.path = path = {name: torch.zeros_like(value) for name, value in start.items()}
             for _ in student.epochs():
                 for batch in student.batches(experience.records):
                     loss = F.cross_entropy(student.logits(student.augmented(batch)), batch["label"])
