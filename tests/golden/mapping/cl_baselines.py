@@ -190,7 +190,7 @@ FUNCTIONS = {
     "online_ewc": _ewc,
     "si": _si,
     "derpp": _derpp,
-    "icarl_loss": _icarl,
+    "icarl": _icarl,
     "herding": _herding,
     "er_ace": _er_ace,
 }
