@@ -135,7 +135,7 @@ class RetainWorkshop:
             recipe.model_dump(mode="json", include={"model", "threads", "every", "subset", "order"}),
             device.type,
             data_fingerprint(self.records),
-            self.test if isinstance(self.test, float) else data_fingerprint(self.test),
+            data_fingerprint(self.test) if isinstance(self.test, Records) else self.test,
             code_fingerprint(model) if model is not None else "",
         ]
         jobs: list[Job] = []
