@@ -197,6 +197,7 @@ class RetainWorkshop:
             sha256 = save_model(run.learner.student.model, place_of(job.place, job.key))
         report: dict[str, Any] = outcome.to_dict()
         report["order"] = list(run.stream.order)
+        report["records"] = [len(experience.records) for experience in run.stream]
         report["tasks"] = [list(experience.classes) for experience in run.stream]
         return Done(
             job.key, "done", "", "", started, sum(outcome.seconds), measured.peak_bytes, sha256, report
