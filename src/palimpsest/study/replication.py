@@ -205,7 +205,13 @@ def load_replication(path: Path) -> Replication:
 
 def judge(claim: Claim, studied: Studied | RetainStudied) -> Judged:
     """A claim on every request (or stream) and seed of its study."""
+    metrics = [
+        *(condition.metric for condition in claim.conditions),
+        *([claim.metric] if claim.metric else []),
+    ]
     units = studied.units()
+    if isinstance(studied, RetainStudied) and all("@" in metric for metric in metrics):
+        units = studied.once()
     return Judged(claim, tuple(judge_unit(claim, *key, figure) for key, figure in units.items()))
 
 

@@ -23,7 +23,10 @@ class RetainStudied:
     - "start:4-6": mean accuracy on tasks 4 to 6 at the first evaluation while each was learned;
     - "lowest:1:30": lowest accuracy of task 1 in the first 30 steps of the experience after it;
     - any of them with "@STREAM": on another stream of the study, with the same seed;
-    - "gain:accuracy@STREAM": there minus here; "drop:accuracy@ONE@OTHER": on one stream minus on another;
+    - "gain:accuracy@STREAM": there minus here;
+    - "drop:accuracy@ONE vs OTHER", "share:records@ONE vs OTHER": one stream minus, or over, another; with
+      " of LABEL" at the end the other figure is that of another method;
+    - "start:4-6 minus start:1-3": two figures of one cell;
     - "accuracy-over-minimum", "accuracy-over-worst-case": accuracy at the end minus min-ACC, minus WC-ACC;
     - "hidden-by-task-ends": min-ACC from the accuracy matrix alone, minus min-ACC.
 
@@ -40,21 +43,37 @@ class RetainStudied:
         keys = dict.fromkeys((cell.stream, cell.seed) for cell in self.result.cells)
         return {key: partial(self.figure, *key) for key in keys}
 
+    def once(self) -> dict[tuple[str, int], Callable[[str, str], float | None]]:
+        """The figures of every seed on the first stream: for claims that name the streams they compare."""
+        first = self.result.cells[0].stream
+        return {key: figure for key, figure in self.units().items() if key[0] == first}
+
     def figure(self, stream: str, seed: int, label: str, metric: str) -> float | None:
         """A figure of a method on a stream with a seed; None if it was not measured."""
-        if metric.startswith("gain:"):
-            there = self.figure(stream, seed, label, metric.removeprefix("gain:"))
-            here = self.figure(stream, seed, label, metric.removeprefix("gain:").partition("@")[0])
-            return None if there is None or here is None else there - here
-        if metric.startswith("drop:"):
-            name, one, other = metric.removeprefix("drop:").split("@")
-            ends = [self.figure(place, seed, label, name) for place in (one, other)]
-            return None if ends[0] is None or ends[1] is None else ends[0] - ends[1]
+        kind, colon, rest = metric.partition(":")
+        if colon and kind in ("gain", "drop", "share"):
+            return self._compared(stream, seed, label, kind, rest)
         name, at, other = metric.partition("@")
         cell = self.cells.get((other if at else stream, label, seed))
         if cell is None or cell.status != "done":
             return None
         return figure_of(cell, name)
+
+    def _compared(self, stream: str, seed: int, label: str, kind: str, what: str) -> float | None:
+        """Two figures against each other, as the prefix of a metric says."""
+        name, _, places = what.partition("@")
+        if kind == "gain":
+            one, other, base = places, stream, label
+        else:
+            one, _, other = places.partition(" vs ")
+            other, _, base = other.partition(" of ")
+        first, second = (
+            self.figure(one, seed, label, name),
+            self.figure(other, seed, base or label, name),
+        )
+        if first is None or second is None:
+            return None
+        return first / second if kind == "share" else first - second
 
 
 def figure_of(cell: RetainCell, name: str) -> float | None:
@@ -63,6 +82,9 @@ def figure_of(cell: RetainCell, name: str) -> float | None:
     Raises:
         InvalidRecipe: If a metric cannot be read.
     """
+    if " minus " in name:
+        ends = [figure_of(cell, part) for part in name.split(" minus ", 1)]
+        return None if ends[0] is None or ends[1] is None else ends[0] - ends[1]
     outcome = cell.outcome
     kind, _, rest = name.partition(":")
     if name in ("accuracy-over-minimum", "accuracy-over-worst-case"):
