@@ -56,7 +56,9 @@ def test_a_diverging_loss_is_refused_before_it_does_harm(small_mlp, cpu, few_dig
 
 def test_an_online_stream_is_seen_once_whatever_the_epochs(few_digits, small_mlp, cpu):
     stream = parse_stream("class:3x2:online", few_digits)
-    outcome = learn("finetune", stream, small_mlp(6), training=Training(epochs=9, batch_size=16), runtime=cpu())
+    outcome = learn(
+        "finetune", stream, small_mlp(6), training=Training(epochs=9, batch_size=16), runtime=cpu()
+    )
     assert outcome.steps == sum(-(-len(experience.records) // 16) for experience in stream)
 
 
