@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -25,7 +26,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Observation
-from palimpsest.parts.templates import Template, template_of
+from palimpsest.parts.templates import PLAIN_WORDS, Template, template_of
 from palimpsest.parts.tokens import IGNORED, check_tokens, mean_losses
 from palimpsest.tasks._checking import first_outputs
 from palimpsest.tasks.generating import generate
@@ -54,7 +55,7 @@ class Language:
 
     Attributes:
         tokenizer: A Hugging Face tokenizer, the name or folder of one, or "data": a small one of byte pairs
-            that is made from the training texts.
+            that is made from the texts of the data.
         template: "auto", "chat", "plain", "bare" or a text with {question} and {answer} (see
             `palimpsest.parts.templates.template_of`).
         system: System turn of a chat template.
@@ -79,14 +80,21 @@ class Language:
         """Short name of the domain."""
         return "language"
 
-    def fitted(self, train: Records) -> Language:
-        """The same task with its tokenizer loaded, or made from the training texts."""
+    @property
+    def fits_whole(self) -> bool:
+        """It is fitted to all records: see `build_task`."""
+        return True
+
+    def fitted(self, records: Records) -> Language:
+        """The same task with its tokenizer loaded, or made from the texts of records."""
         if self.tokenizer != "data":
             _ = self.encoder
             return self
         from palimpsest.parts.byte_pairs import byte_pair_tokenizer
 
-        return replace(self, tokenizer=byte_pair_tokenizer(texts_of(train), self.vocabulary))
+        return replace(
+            self, tokenizer=byte_pair_tokenizer([*texts_of(records), PLAIN_WORDS], self.vocabulary)
+        )
 
     def outputs(self, records: Records) -> int:
         """Number of outputs of a model for this task: the size of the vocabulary."""
@@ -378,6 +386,23 @@ class Language:
         See `palimpsest.tasks.scoring.score`.
         """
         return score(self, model, questions, answers, **settings)
+
+
+def plain_questions(records: Records) -> NDArray[np.int64]:
+    """Positions of the records that ask for a fact plainly: those of form "qa", else all with a question.
+
+    Other forms of the same facts (cloze, reversed, running text) are trained on beside them; counting
+    each as a fact of its own would count facts several times.
+
+    Raises:
+        InvalidRecords: If there is no question among them.
+    """
+    asked = np.array([item.get("question") is not None for item in records], bool)
+    if records.has_column("form") and (records.column("form") == "qa").any():
+        asked &= records.column("form") == "qa"
+    if not asked.any():
+        raise InvalidRecords("None of the records has a question: their facts cannot be asked for.")
+    return np.flatnonzero(asked)
 
 
 def texts_of(records: Records) -> list[str]:
