@@ -78,7 +78,7 @@ class ConflictUpdate:
         surgery = pcgrad(forget, retain, eps=torch.finfo(torch.float32).tiny)
         before, sizes = self.pair.position(), float(forget.norm() * retain.norm())
         norm = self.pair.step(unwhiten(surgery.projected + pair.alpha * retain, metric))
-        step = self.pair.position() - before
+        step = (self.pair.position() - before).to(forget)
         product, length = float(pair.retain @ step), float(pair.retain.norm() * step.norm())
         return {
             **pair.row,
