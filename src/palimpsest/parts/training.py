@@ -36,8 +36,7 @@ class TrainingRecipe:
         momentum: Of SGD.
         weight_decay: Of the optimizer.
         schedule: "constant", or "cosine" to zero over all steps.
-        warmup: Share of the steps over which the learning rate rises to `lr`; transformers that are trained
-            from scratch need some.
+        warmup: Share of the steps over which the learning rate rises to `lr`, as is usual for transformers.
         clip: Largest gradient norm; None does not clip.
         gradient_restriction: Weight alpha of `gradient_norms`, which is added to every batch's mean loss so
             that gradients stay small: the training that influence approximation unlearning wants (0.005
