@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import palimpsest as pal
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed, ModelMismatch, UnknownName
 from palimpsest.forget.gradient_pair import GradientPair
-from palimpsest.forget.language.gu import GeometricDisentanglement as GU
-from palimpsest.forget.language.pcgrad import ConflictProjection as PCGrad
+from palimpsest.forget.language.gu import GU
+from palimpsest.forget.language.pcgrad import PCGrad
 from palimpsest.forget.rules import Rule, rule_of
 
 ADAPTIVE = {"lr": 1e-3, "weight_decay": 0.01}
@@ -200,7 +201,9 @@ def test_a_tiny_sgd_step_spares_the_retain_loss_and_still_forgets(data, seed):
     @torch.no_grad()
     def losses(model: nn.Module) -> Tensor:
         precise = copy.deepcopy(model).double()
-        return torch.stack([loss_on(precise, (x.double(), y), i) for (x, y), i in ((gone, slice(None)), (kept, at))])
+        return torch.stack(
+            [loss_on(precise, (x.double(), y), i) for (x, y), i in ((gone, slice(None)), (kept, at))]
+        )
 
     rises: dict[str, list[float]] = {}
     for name in ("sum", "gu"):
@@ -250,7 +253,9 @@ def test_block_by_block_every_tensor_is_orthogonal_and_more_is_removed(trained):
     run = Run(trained, GU(rank=1, block="tensor"), torch.optim.SGD, 1, lr=0.01)
     whole = Run(trained, GU(rank=1), torch.optim.SGD, 1, lr=0.01)
     sizes = [parameter.numel() for parameter in run.model.parameters()]
-    products = [float(g @ r) for g, r in zip(run.given[0].split(sizes), run.retain[0].split(sizes), strict=True)]
+    products = [
+        float(g @ r) for g, r in zip(run.given[0].split(sizes), run.retain[0].split(sizes), strict=True)
+    ]
     scale = float(run.given[0].norm() * run.retain[0].norm())
     assert max(map(abs, products)) <= 1e-5 * scale
     global_products = [
@@ -351,8 +356,8 @@ def test_the_filter_keeps_the_real_retain_loss_within_its_budget(trained):
     assert all(scale == 0 or math.log2(1 / scale) in range(7) for scale in scales) and min(scales) < 1
     one = Run(trained, GU(budget=budget), torch.optim.SGD, 1, lr=3.0).model
     unfiltered = Run(trained, GU(), torch.optim.SGD, 1, lr=3.0).model
-    before = float(loss_on(start, kept, at))
-    assert float(loss_on(one, kept, at)) <= before + budget < float(loss_on(unfiltered, kept, at))
+    before = loss_on(start, kept, at)
+    assert loss_on(one, kept, at) <= before + budget < loss_on(unfiltered, kept, at)
     assert "scale" not in free.rows[0]
 
 
@@ -453,7 +458,9 @@ def test_pcgrad_projects_in_conflict_only(trained):
         row = update.finish()
         normal = forget - (forget @ retain) / (retain @ retain) * retain
         expected = forget if sign > 0 else -normal
-        torch.testing.assert_close(flat(start.parameters()) - flat(parameters), 0.1 * expected, atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(
+            flat(start.parameters()) - flat(parameters), 0.1 * expected, atol=1e-6, rtol=1e-3
+        )
         assert row["projections"] == (sign < 0)
 
 
@@ -569,3 +576,113 @@ def test_a_step_without_retain_loss_or_with_two_weights_is_refused():
     update.add(model.a.sum(), model.b.sum(), 1.0)
     with pytest.raises(InvalidHyperparameter, match="alpha"):
         update.add(model.a.sum(), model.b.sum(), 0.5)
+
+
+# In the loop of language models
+
+
+ROWS = [
+    {"question": f"Where does {name} live?", "answer": f"in {place}, near the {thing}"}
+    for name, place, thing in zip(
+        ("Ada", "Ben", "Cleo", "Dora", "Emil", "Fay"), ("Oslo", "Bern", "Turin", "Lyon", "Graz", "Riga"),
+        ("mill", "harbour", "station", "park", "bridge", "tower"), strict=True,
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    """A tiny Llama, and a request in which one record is retained, so that every retain batch is known."""
+    from palimpsest.core.records import Records
+    from palimpsest.core.split import ForgetSplit
+    from palimpsest.models.small_llama import small_llama
+    from palimpsest.parts.byte_pairs import byte_pair_tokenizer
+    from palimpsest.tasks.language import Language
+
+    texts = [row["question"] + row["answer"] for row in ROWS]
+    task = Language(byte_pair_tokenizer([*texts, "Question: Answer:"], 300))
+    model = small_llama(len(task.encoder), width=16, layers=1, heads=2)
+    records = Records(list(ROWS))
+    return model, ForgetSplit(records.select(range(5)), records.select([5])), task
+
+
+def one_step(speaker: Any, objective: str, rule: Any, lr: float = 0.3, **settings: Any) -> tuple[Any, Tensor]:
+    """History of one step of SGD, and how the parameters moved."""
+    from palimpsest.core.unlearner import UNLEARNERS
+    from palimpsest.forget.gradient import HISTORY_ATTRIBUTE
+
+    model, split, task = speaker
+    basics = {
+        "optimizer": "sgd",
+        "weight_decay": 0.0,
+        "warmup": 0,
+        "clip": None,
+        "max_steps": 1,
+        "batch_size": 8,
+    }
+    method = UNLEARNERS.get(objective)(rule=rule, lr=lr, **{**basics, **settings})
+    unlearned = method.unlearn(model, split, task, pal.Runtime(device="cpu"))
+    moved = flat(unlearned.parameters()) - flat(model.parameters())
+    return getattr(unlearned, HISTORY_ATTRIBUTE), moved
+
+
+def protected_gradient(speaker: Any) -> Tensor:
+    from palimpsest.parts.tokens import token_mean
+
+    model, split, task = speaker
+    batch = split.retain.batch([0], task.collate)
+    return gradient_of(model, token_mean(task.logits(model, batch), batch["labels"]))
+
+
+@pytest.mark.parametrize(("objective", "settings"), [
+    ("grad-ascent", {}), ("npo", {"retain": "none"}), ("grad-diff", {"alpha": 0.0}),
+])  # fmt: skip
+def test_any_objective_protects_the_retain_loss_even_one_without_a_retain_term(speaker, objective, settings):
+    g = protected_gradient(speaker)
+    history, moved = one_step(speaker, objective, "gu", **settings)
+    _, raw = one_step(speaker, objective, "sum", **settings)
+    assert abs(g @ moved) <= 1e-5 * g.norm() * moved.norm() and moved.norm() > 1e-3
+    assert abs(g @ raw) > 1e-2 * g.norm() * raw.norm()
+    assert history[0]["retain_loss"] == 0 < history[0]["protected_loss"]
+
+
+def test_a_rule_may_add_the_retain_term_that_the_objective_lacks(speaker):
+    g = protected_gradient(speaker)
+    _, protected = one_step(speaker, "grad-ascent", "gu")
+    for name in ("gu", "pcgrad"):
+        history, moved = one_step(speaker, "grad-ascent", {"name": name, "alpha": 0.5})
+        assert history[0]["retain_loss"] == pytest.approx(0.5 * history[0]["protected_loss"])
+        if name == "gu":
+            torch.testing.assert_close(moved, protected - 0.3 * 0.5 * g, atol=1e-5, rtol=1e-3)
+
+
+def test_the_objectives_own_retain_term_is_the_one_that_is_protected(speaker):
+    g = protected_gradient(speaker)
+    _, moved = one_step(speaker, "grad-diff", "gu", alpha=2.0)
+    _, protected = one_step(speaker, "grad-diff", "gu", alpha=0.0)
+    torch.testing.assert_close(moved, protected - 0.3 * 2.0 * g, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scope", ["lora", "saliency", {"name": "blocks", "layers": [0]}], ids=str)
+def test_any_scope_composes_with_it(speaker, scope):
+    history, moved = one_step(speaker, "grad-ascent", "gu", scope=scope, max_steps=3, lr=1.0)
+    assert moved.norm() > 1e-4 and len(history) == 3
+    assert all(abs(row["realised_cosine"]) <= 1e-4 and row["projections"] == 1 for row in history)
+    if scope == "saliency":
+        assert (moved == 0).float().mean() >= 0.4
+
+
+def test_the_filter_looks_at_the_real_loss_of_the_retained_records(speaker):
+    history, _ = one_step(speaker, "grad-ascent", {"name": "gu", "budget": 1e-4}, lr=20.0)
+    free, _ = one_step(speaker, "grad-ascent", "gu", lr=20.0)
+    assert history[0]["scale"] < 1 and "scale" not in free[0]
+
+
+def test_without_retained_records_or_a_weight_the_run_does_not_begin(speaker):
+    from palimpsest.core.split import ForgetSplit
+
+    model, split, task = speaker
+    with pytest.raises(MissingNeed, match="retain"):
+        one_step((model, ForgetSplit(split.forget), task), "grad-ascent", "gu")
+    with pytest.raises(InvalidHyperparameter, match="gamma"):
+        one_step(speaker, "npo", "gu", gamma=0.0)

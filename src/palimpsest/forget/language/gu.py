@@ -39,7 +39,7 @@ LARGEST_ACTIVE_RANK = 8
 
 @rule("gu")
 @dataclass(frozen=True)
-class GeometricDisentanglement:
+class GU:
     """Take out of every forget update what lies in the span of retain gradients.
 
     To first order a step moves the retain loss by its inner product with the retain gradient. So the forget
@@ -149,7 +149,7 @@ class DisentangledUpdate:
         pair: Accumulates both gradients.
     """
 
-    def __init__(self, settings: GeometricDisentanglement, pair: GradientPair):
+    def __init__(self, settings: GU, pair: GradientPair):
         self.settings, self.pair = settings, pair
         self.adaptive = second_moment_used(settings.metric, pair.optimizer)
         self.older: deque[Vector] = deque(maxlen=settings.rank - 1)

@@ -25,7 +25,7 @@ METRICS = ("identity", "adam", "auto")
 
 @rule("pcgrad")
 @dataclass(frozen=True)
-class ConflictProjection:
+class PCGrad:
     """Where forget and retain gradients point against each other, take the conflict out of the first.
 
     The baseline that `gu` is compared with: rank 1, no memory, and a forget gradient that happens to lower the
@@ -64,7 +64,7 @@ class ConflictProjection:
 class ConflictUpdate:
     """Projects at most once per optimizer step, after the last microbatch."""
 
-    def __init__(self, settings: ConflictProjection, pair: GradientPair):
+    def __init__(self, settings: PCGrad, pair: GradientPair):
         self.pair, self.add = pair, pair.add
         self.adaptive = second_moment_used(settings.metric, pair.optimizer)
 
