@@ -62,7 +62,7 @@ def left_along_retain(setting: Setting) -> float:
 @measurement("gu.left-along-retain-off")
 def left_along_retain_off(setting: Setting) -> float:
     """The same without a rule, at one step whose retained batch is looked at from outside."""
-    step, before, after = _sgd_step(setting, "sum")
+    step, before, after = _sgd_step(setting, "sum", 1e-5)
     if step.retain is None:
         raise MissingNeed("The claim needs retained records.")
     loss = token_mean(_task(setting).logits(before, step.retain), step.retain["labels"])
@@ -78,16 +78,26 @@ def left_along_retain_off(setting: Setting) -> float:
 
 @measurement("gu.tiny-retain-ratio")
 def tiny_retain_ratio(setting: Setting) -> float:
-    """How much one tiny SGD step changes the loss of its retained records with GU, over without."""
-    plain, projected = (_tiny(setting, rule) for rule in ("sum", GU(rank=1)))
-    return abs(projected[1]) / abs(plain[1])
+    """How much one SGD step of 1e-3 of the parameters' length changes its retained records' loss: GU over none."""
+    return _tiny_ratios(setting, 1e-3)[1]
 
 
 @measurement("gu.tiny-forget-ratio")
 def tiny_forget_ratio(setting: Setting) -> float:
-    """How much the same step raises the loss of its forget records with GU, over without."""
-    plain, projected = (_tiny(setting, rule) for rule in ("sum", GU(rank=1)))
-    return projected[0] / plain[0]
+    """How much the same step raises the loss of its forget records: GU over none."""
+    return _tiny_ratios(setting, 1e-3)[0]
+
+
+@measurement("gu.tinier-retain-ratio")
+def tinier_retain_ratio(setting: Setting) -> float:
+    """As the ratio of retained losses, for a step of 1e-5 of the parameters' length."""
+    return _tiny_ratios(setting, 1e-5)[1]
+
+
+@measurement("gu.tinier-forget-ratio")
+def tinier_forget_ratio(setting: Setting) -> float:
+    """As the ratio of forget losses, for a step of 1e-5 of the parameters' length."""
+    return _tiny_ratios(setting, 1e-5)[0]
 
 
 # Claims 3, 5 and 6: retained loss at equal forgetting
@@ -281,35 +291,42 @@ class Remembering(Watched):
         return losses
 
 
-def _sgd_step(setting: Setting, rule: RuleLike) -> tuple[Step, nn.Module, nn.Module]:
-    """One SGD step of a thousandth of the parameters' length: its batches, the model before and after it."""
+def _sgd_step(setting: Setting, rule: RuleLike, relative: float) -> tuple[Step, nn.Module, nn.Module]:
+    """One SGD step of a share of the parameters' length, in double precision.
+
+    Returns:
+        Its batches (GU draws retained records; without a rule they are those that it would have drawn), and the
+        model before and after it.
+    """
+    before = setting.runtime.place(copy.deepcopy(setting.original)).double()
+    setting = dataclasses.replace(setting, original=before)
+    length = torch.cat([parameter.detach().flatten() for parameter in before.parameters()]).norm()
+    slope = _history(setting, "sum", 1, optimizer="sgd", lr=1e-9)[0]["norm"]
+    settings: dict[str, Any] = {"optimizer": "sgd", "lr": float(relative * length / slope)}
     seen = Remembering(GradientAscent(), _retained(setting.split))
-    length = torch.cat([parameter.detach().flatten() for parameter in setting.original.parameters()]).norm()
-    slope = _history(setting, "sum", 1, optimizer="sgd", lr=1e-6)[0]["norm"]
-    # a rule that needs retained records draws them; the sum is given the same ones
-    lr = float(1e-3 * length / slope)
-    settings: dict[str, Any] = {"optimizer": "sgd", "lr": lr, "batch_size": len(setting.split.forget)}
     _unlearned(setting, GU(rank=1), 1, seen, **settings)
-    after = _unlearned(setting, rule, 1, **settings)
-    return seen.seen[0], setting.runtime.place(setting.original), after
+    return seen.seen[0], before, _unlearned(setting, rule, 1, **settings)
 
 
-def _tiny(setting: Setting, rule: RuleLike) -> tuple[float, float]:
-    """Change of the losses of the step's own forget and retain batch, measured in double precision."""
-    step, before, after = _sgd_step(setting, rule)
-    changes: list[float] = []
-    for batch in (step.forget, step.retain):
-        losses = [_loss(copy.deepcopy(model).double(), batch, _task(setting)) for model in (after, before)]
-        changes.append(losses[0] - losses[1])
-    return changes[0], changes[1]
+def _tiny_ratios(setting: Setting, relative: float) -> tuple[float, float]:
+    """Change of the losses of a step's own forget and retain batch with GU, over that without."""
+    changes: dict[str, list[float]] = {}
+    for name, rule in (("off", "sum"), ("on", GU(rank=1))):
+        step, before, after = _sgd_step(setting, rule, relative)
+        batches = step.forget, step.retain
+        changes[name] = [_loss(after, batch, setting) - _loss(before, batch, setting) for batch in batches]
+    ratios = [abs(on / off) for on, off in zip(changes["on"], changes["off"], strict=True)]
+    return ratios[0], ratios[1]
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, batch: Batch | None, task: Language) -> float:
+def _loss(model: nn.Module, batch: Batch | None, setting: Setting) -> float:
+    """Token-mean loss in double precision."""
     if batch is None:
         raise MissingNeed("The claim needs retained records.")
     with evaluating(model):
-        return float(token_mean(task.logits(model, batch), batch["labels"]))
+        logits, mask = _task(setting).logits(model, batch)[:, :-1], scored(batch["labels"])
+        return float(F.cross_entropy(logits[mask], batch["labels"][:, 1:][mask]))
 
 
 def _retained(split: ForgetSplit) -> Records:
