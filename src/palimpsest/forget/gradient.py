@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed, NonFiniteLoss
 from palimpsest.core.modes import evaluating
-from palimpsest.core.records import Batch
+from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Card, check_range
@@ -122,7 +122,11 @@ class Context:
 
 
 class Objective(Protocol):
-    """What is minimised."""
+    """What is minimised.
+
+    It may also have `rows` (the records that the loop goes over in the place of the forget records, made
+    before anything else) and `collate` (how they become a batch), as `GradientMethod` has.
+    """
 
     @property
     def needs_original(self) -> bool:
@@ -237,6 +241,9 @@ class GradientUnlearner(Training):
         if needs_retain and split.retain is None:
             raise MissingNeed("The objective or its rule needs retained records: pass ForgetSplit.retain.")
         student = runtime.place(copy.deepcopy(model))
+        rows = getattr(self.objective, "rows", None)
+        if rows is not None:
+            split = dataclasses.replace(split, forget=rows(student, split, task, runtime))
         original = copy.deepcopy(student).eval() if self.objective.needs_original else None
         for parameter in [] if original is None else original.parameters():
             parameter.requires_grad_(False)
@@ -294,9 +301,12 @@ class GradientUnlearner(Training):
         number: int,
     ) -> list[Step]:
         split, task, runtime = context.split, context.task, context.runtime
-        forget = [
-            runtime.to_device(split.forget.batch(own, task.collate)) for own in self._own(gone, runtime)
-        ]
+        collate = getattr(self.objective, "collate", None)
+
+        def dressed(items: Sequence[dict[str, Any]]) -> Batch:
+            return task.collate(items) if collate is None else collate(context, items, epoch)
+
+        forget = [runtime.to_device(split.forget.batch(own, dressed)) for own in self._own(gone, runtime)]
         retain: list[Batch | None] = [None] * len(forget)
         if kept is not None and split.retain is not None:
             retain = [
@@ -335,6 +345,14 @@ class GradientMethod(Training):
     def needs_retain(self) -> bool:
         """Whether every step is given retained records."""
         return False
+
+    def rows(self, model: nn.Module, split: ForgetSplit, task: Language, runtime: Runtime) -> Records:
+        """What the loop goes over: the forget records, unless a method makes others of them."""
+        return split.forget
+
+    def collate(self, context: Context, items: Sequence[dict[str, Any]], epoch: int) -> Batch:
+        """How forget records become a batch."""
+        return context.task.collate(items)
 
     def begin(self, context: Context) -> Callable[[Step], Losses]:
         """The losses of a step."""
@@ -388,6 +406,7 @@ def _weighed(losses: Losses, step: Step) -> tuple[Tensor, Tensor | None]:
 
     Raises:
         NonFiniteLoss: If one is NaN or Inf; nothing is applied.
+        InvalidHyperparameter: If the forget loss depends on nothing that moves.
     """
     sides: list[Tensor | None] = []
     terms: tuple[tuple[Side, Term | None, float], ...] = (
@@ -397,6 +416,10 @@ def _weighed(losses: Losses, step: Step) -> tuple[Tensor, Tensor | None]:
         if term is None:
             sides.append(None)
             continue
+        if side == "forget" and not term.value.requires_grad:
+            raise InvalidHyperparameter(
+                "The forget loss depends on no parameter that the scope lets move: choose another scope (or layer)."
+            )
         if not torch.isfinite(term.value):
             names = (step.forget if side == "forget" or step.retain is None else step.retain)["id"][:3]
             raise NonFiniteLoss(
