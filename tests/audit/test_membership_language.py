@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from palimpsest.audit.membership import language_signals as language
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.intervals import auc
+from palimpsest.parts.tokens import IGNORED
 
 
 @given(st.lists(st.floats(-20, 0), min_size=1, max_size=30), st.floats(0.01, 1))
@@ -116,3 +117,67 @@ def test_texts_without_a_scored_token_and_bad_numbers_are_refused():
         language.lowercase_score(torch.tensor([-1.0]), torch.tensor([0.0]))
     with pytest.raises(InvalidAudit, match="trainable"):
         language.gradient_norm(torch.tensor(1.0), [])
+
+
+def test_a_padded_batch_scores_every_text_as_alone():
+    torch.manual_seed(0)
+    logits, lengths, texts = torch.randn(5, 9, 11).double(), [9, 2, 5, 7, 3], list("abcde")
+    labels = torch.randint(11, (5, 9))
+    for row, length in enumerate(lengths):
+        labels[row, length:] = IGNORED
+    labels[3, :2] = IGNORED  # a prompt
+    scores, mask = language.label_log_probabilities(logits, labels)
+    standard, _ = language.standardised_label_scores(logits, labels)
+    reference = scores - 1.0
+    batch = {
+        "loss": language.mean_log_probabilities(scores, mask),
+        "zlib": language.zlib_scores(scores, mask, texts),
+        "reference": language.reference_scores(scores, reference, mask),
+        "min_k": language.min_k_scores(scores, mask, 0.4),
+        "min_k++": language.min_k_scores(standard, mask, 0.4),
+    }
+    for row, text in enumerate(texts):
+        at = torch.nonzero(labels[row, 1:] != IGNORED)[:, 0]
+        lp = torch.stack([logits[row, t].log_softmax(0)[labels[row, t + 1]] for t in at])
+        z = language.standardised_log_probabilities(logits[row, at], labels[row, at + 1])
+        alone = {
+            "loss": lp.mean(),
+            "zlib": lp.mean() / len(zlib.compress(text.encode())),
+            "reference": 1.0,
+            "min_k": lp.sort().values[: max(1, math.floor(0.4 * len(lp)))].mean(),
+            "min_k++": z.sort().values[: max(1, math.floor(0.4 * len(z)))].mean(),
+        }
+        for name, value in alone.items():
+            assert float(batch[name][row]) == pytest.approx(float(value)), name
+    lower = language.lowercase_scores(-batch["loss"], -2 * batch["loss"])
+    assert lower.tolist() == pytest.approx([-0.5] * 5)
+
+
+def test_the_last_token_of_every_row_can_be_left_out():
+    mask = torch.tensor([[True, True, False, True], [False, True, False, False], [False] * 4])
+    assert language.without_last(mask).tolist() == [[True, True, False, False], [False] * 4, [False] * 4]
+
+
+def test_a_short_text_has_one_token_or_as_released_none():
+    scores, mask = torch.tensor([[-1.0, -3.0]]), torch.ones(1, 2, dtype=torch.bool)
+    assert language.min_k_scores(scores, mask, 0.2).tolist() == [-3.0]
+    assert math.isnan(language.min_k_scores(scores, mask, 0.2, fewest=0))
+
+
+def test_bad_batches_are_refused_with_their_rows():
+    scores, mask = torch.zeros(2, 3), torch.tensor([[True] * 3, [False] * 3])
+    with pytest.raises(InvalidAudit, match=r"rows \[1\]"):
+        language.mean_log_probabilities(scores, mask)
+    with pytest.raises(InvalidAudit, match=r"NaN or infinity in rows \[0\]"):
+        language.mean_log_probabilities(torch.tensor([[math.nan, 0.0]]), torch.tensor([[True, False]]))
+    # What is masked does not matter.
+    assert (
+        float(
+            language.mean_log_probabilities(torch.tensor([[math.nan, -2.0]]), torch.tensor([[False, True]]))
+        )
+        == -2
+    )
+    with pytest.raises(InvalidAudit, match="mask of their shape"):
+        language.min_k_scores(scores, mask[:1])
+    with pytest.raises(InvalidAudit, match="One text per row"):
+        language.zlib_scores(scores[:1], mask[:1], ["a", "b"])

@@ -146,7 +146,7 @@ def dpo_loss(
 
 
 def npo_loss(losses: Losses, reference_losses: Losses, beta: float = 0.1) -> Loss:
-    """Negative preference optimisation (Zhang et al. 2024, arXiv 2404.05868, equation 3).
+    """Negative preference optimisation (Zhang et al. 2024, arXiv 2404.05868).
 
     -2/beta mean log sigmoid(beta * (loss - reference loss)): DPO without a chosen answer. Above 0, so
     bounded below, and the gradient of a row fades as its answer is forgotten: it is that of gradient

@@ -1,6 +1,6 @@
 """RMU: steer hidden states on forget text to a fixed random direction, hold them on retained text.
 
-Li et al. 2024, "The WMDP Benchmark", arXiv 2403.03218, section 4. The pure parts; states come from hooks.
+Li et al. 2024, "The WMDP Benchmark", arXiv 2403.03218. The pure parts; states come from hooks.
 """
 
 from __future__ import annotations

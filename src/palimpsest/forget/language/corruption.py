@@ -166,7 +166,7 @@ def zeroth_order_step(
     eps: float,
     minimum: float = 0.0,
 ) -> StrengthStep:
-    """Lower a score of the corrupted model by its finite difference in the strength (equation 6).
+    """Lower a score of the corrupted model by its finite difference in the strength.
 
     Repeat until the score reaches that of a model that never saw the forget data.
 

@@ -1,7 +1,7 @@
 """Knowledge isolation's joint loss: ascent on forget, descent on retain with a weight that follows the damage.
 
 Agrawal and Huang 2025, "Selective Amnesia - Constrained Unlearning for LLMs via Knowledge Isolation", SemEval
-2025 task 4, arXiv 2504.12996, section 3.2.
+2025 task 4, arXiv 2504.12996.
 """
 
 from __future__ import annotations

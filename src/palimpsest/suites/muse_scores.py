@@ -1,0 +1,307 @@
+"""Scores of MUSE: verbatim and knowledge memorisation, privacy leak, checkpoint and fold bookkeeping.
+
+Shi et al. 2025, arXiv 2407.06460. Orientation of the areas under the curve: MUSE's is the chance that a
+HOLDOUT document looks more like a member than a forget document, so memorising gives 0, retraining one
+half, over-unlearning 1. OpenUnlearning prints one minus that. `privacy_leak` takes either, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from palimpsest.audit.answers import cut_at, rouge_score
+from palimpsest.audit.membership import language_signals as signals
+from palimpsest.core.errors import InvalidAudit, InvalidRecords, InvalidSplit, shorten
+from palimpsest.core.intervals import auc, auc_interval
+
+STOPS = ("\n\n", "\nQuestion", "Question:")
+"""Where a KnowMem answer ends, applied in this order."""
+SHOTS, KNOWMEM_TOKENS = 10, 32
+"""Solved examples before a KnowMem question, and tokens to generate."""
+VERBMEM_TOKENS = 128
+"""Tokens to generate, and tokens of the true continuation to compare with."""
+K = 0.4
+"""Share of Min-K% in PrivLeak."""
+FEWEST_DOCUMENTS = 2
+FAIR = 0.15
+"""A retrained model's area under the curve further than this from 1/2 says the holdout is of another kind."""
+
+Orientation = Literal["muse", "open-unlearning"]
+Signals = Float[np.ndarray, " documents"]
+
+
+@dataclass(frozen=True)
+class Memorised:
+    """ROUGE of generated texts against the true ones.
+
+    Attributes:
+        value: 100 times the mean F1 of ROUGE-L, as MUSE prints it.
+        f1: F1 of ROUGE-L per item.
+        recall: Recall of ROUGE-L per item.
+        cut: What was compared.
+    """
+
+    value: float
+    f1: tuple[float, ...]
+    recall: tuple[float, ...]
+    cut: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PrivacyLeak:
+    """PrivLeak of a model against the retrained one.
+
+    Attributes:
+        percent: 0 as retrained; far below, the forget data still pass for members; far above, they are
+            abnormally unlikely, which is a leak too.
+        auc: Of the model, in MUSE's orientation.
+        retrained_auc: Of the retrained model, in MUSE's orientation.
+        low: Lower end of the 95 % interval of `auc`.
+        high: Upper end.
+        forget: Documents.
+        holdout: Documents.
+        fair: Whether the retrained model's area is near 1/2: else forget and holdout differ by more than
+            having been trained on, and the figure measures that.
+    """
+
+    percent: float
+    auc: float
+    retrained_auc: float
+    low: float
+    high: float
+    forget: int
+    holdout: int
+    fair: bool
+
+
+def knowmem_prompt(examples: Sequence[tuple[str, str]], question: str) -> str:
+    """Solved examples, then the question; the trailing blank is MUSE's.
+
+    Raises:
+        InvalidRecords: If there is no example: the published protocol has ten.
+    """
+    if not examples:
+        raise InvalidRecords("KnowMem asks after solved examples, and none is given.")
+    shots = "".join(f"Question: {asked}\nAnswer: {answer}\n\n" for asked, answer in examples)
+    return f"{shots}Question: {question}\nAnswer: "
+
+
+def cut_knowmem(text: str, stops: Sequence[str] = STOPS) -> str:
+    """A generated answer up to where the next question begins."""
+    return cut_at(text, stops)
+
+
+def knowmem(generations: Sequence[str], answers: Sequence[str], stops: Sequence[str] = STOPS) -> Memorised:
+    """KnowMem: ROUGE-L F1 without stemming between cut answers and gold answers."""
+    return _memorised([cut_knowmem(text, stops) for text in generations], answers)
+
+
+def verbmem(generations: Sequence[str], continuations: Sequence[str]) -> Memorised:
+    """VerbMem: ROUGE-L F1 between generated and true continuations, both cut to `VERBMEM_TOKENS` tokens."""
+    return _memorised(list(generations), continuations)
+
+
+def cut_to_tokens(text: str, tokenizer: Any, limit: int = VERBMEM_TOKENS) -> str:
+    """A text cut to its first tokens; a token that the tokenizer puts before the text counts as one."""
+    if limit < 1:
+        raise InvalidRecords(f"A text cannot be cut to {limit} tokens.")
+    return tokenizer.decode(tokenizer(text)["input_ids"][:limit], skip_special_tokens=True)
+
+
+def privacy_auc(forget: Signals, holdout: Signals, orientation: Orientation = "muse") -> float:
+    """Area under the curve of Min-K% signals between the documents of both sides.
+
+    Args:
+        forget: Minus the mean of the lowest token log-probabilities: low means likely a member.
+        holdout: The same of documents that no model has seen.
+        orientation: "muse", where a memorising model is near 0, or "open-unlearning", where it is near 1.
+
+    Raises:
+        InvalidAudit: If a side has fewer than 2 documents or a signal is NaN or infinite.
+    """
+    sides = check_documents(forget, holdout)
+    value = auc(sides[0], sides[1])
+    return value if _checked(orientation) == "muse" else 1.0 - value
+
+
+def privacy_leak(value: float, retrained: float | None, orientation: Orientation = "muse") -> float:
+    """100 (AUC - AUC_retrained) / AUC_retrained in MUSE's orientation.
+
+    Args:
+        value: Area under the curve of the model.
+        retrained: Of the model that never saw the forget data.
+        orientation: That both are given in.
+
+    Raises:
+        InvalidAudit: Without a retrained model, or if its area is 0: then the ratio is not defined.
+
+    Example:
+        >>> privacy_leak(0.0, 0.5), privacy_leak(0.9, 0.5, "open-unlearning")
+        (-100.0, -80.0)
+    """
+    if retrained is None:
+        raise InvalidAudit("PrivLeak is not defined without a retrained model: 1/2 may not be assumed.")
+    if not (0 <= value <= 1 and 0 <= retrained <= 1):
+        raise InvalidAudit(f"Areas under a curve lie in [0, 1], not {value} and {retrained}.")
+    if _checked(orientation) == "open-unlearning":
+        value, retrained = 1.0 - value, 1.0 - retrained
+    if retrained == 0:
+        raise InvalidAudit("The retrained model's area under the curve is 0: PrivLeak is not defined.")
+    return 100.0 * (value - retrained) / retrained
+
+
+def measure_privacy_leak(
+    model: tuple[Signals, Signals], retrained: tuple[Signals, Signals] | None
+) -> PrivacyLeak:
+    """PrivLeak from the (forget, holdout) signals of both models, with what is needed to judge it."""
+    if retrained is None:
+        raise InvalidAudit("PrivLeak is not defined without a retrained model: 1/2 may not be assumed.")
+    forget, holdout = check_documents(*model)
+    _, low, high = auc_interval(forget, holdout)
+    value, reference = privacy_auc(forget, holdout), privacy_auc(*retrained)
+    return PrivacyLeak(
+        privacy_leak(value, reference),
+        value,
+        reference,
+        low,
+        high,
+        len(forget),
+        len(holdout),
+        abs(reference - 0.5) <= FAIR,
+    )
+
+
+def privacy_signals(
+    scores: signals.TokenScores, mask: signals.TokenMask, k: float = K, as_released: bool = False
+) -> Signals:
+    """Min-K% signals of a batch of documents, minus the mean of their lowest log-probabilities.
+
+    Args:
+        scores: Log-probabilities of tokens (`language_signals.label_log_probabilities`).
+        mask: Tokens that count.
+        k: Share of tokens.
+        as_released: NaN for documents of fewer than 1/k tokens, instead of their lowest token.
+    """
+    return (-signals.min_k_scores(scores, mask, k, fewest=0 if as_released else 1)).cpu().numpy()
+
+
+def released_signals(
+    scores: signals.LogProbabilities,
+    lowercase: signals.LogProbabilities,
+    reference: signals.LogProbabilities,
+    text: str,
+    ratios: Sequence[float],
+) -> dict[str, float]:
+    """All signals of one document under MUSE's names; its "PPL" is the mean loss, low for members."""
+    loss = -signals.mean_log_probability(scores)
+    reference_loss = -signals.mean_log_probability(reference)
+    if reference_loss <= 0:
+        raise InvalidAudit("The reference model finds the document certain: the ratio is not defined.")
+    mask = torch.ones_like(scores[None], dtype=torch.bool)
+    return {
+        "PPL": loss,
+        "PPL/ref": loss / reference_loss,
+        "PPL/lower": -signals.lowercase_score(scores, lowercase),
+        "PPL/zlib": loss / signals.compressed_size(text),
+        **{
+            f"Min-{ratio * 100:.10g}%": float(privacy_signals(scores[None], mask, ratio, as_released=True)[0])
+            for ratio in ratios
+        },
+    }
+
+
+def chosen_checkpoint(knowmem_by_checkpoint: Sequence[float], retrained: float) -> int:
+    """Index of the first checkpoint whose KnowMem on the forget data is at most the retrained model's.
+
+    If none is, the last. All scores are then of that checkpoint; it may not be chosen by PrivLeak.
+
+    Example:
+        >>> chosen_checkpoint([60.0, 31.0, 5.0], retrained=33.1), chosen_checkpoint([60.0, 50.0], 33.1)
+        (1, 1)
+    """
+    if not knowmem_by_checkpoint:
+        raise InvalidAudit("There is no checkpoint to choose.")
+    if not all(map(math.isfinite, [*knowmem_by_checkpoint, retrained])):
+        raise InvalidAudit(f"KnowMem is NaN: {list(knowmem_by_checkpoint)}, retrained {retrained}.")
+    below = (index for index, value in enumerate(knowmem_by_checkpoint) if value <= retrained)
+    return next(below, len(knowmem_by_checkpoint) - 1)
+
+
+def check_nested(sets: Mapping[str, Collection[str]]) -> None:
+    """Check that growing forget sets (C5) hold one another, each larger than the one before.
+
+    Raises:
+        InvalidSplit: If not; names the sets.
+    """
+    pairs = _neighbours(sets)
+    for (smaller, inner), (larger, outer) in pairs:
+        lost = sorted(set(inner) - set(outer))
+        if lost:
+            raise InvalidSplit(f"'{larger}' does not hold all of '{smaller}': {shorten(lost)} is missing.")
+        if len(set(outer)) == len(set(inner)):
+            raise InvalidSplit(f"'{larger}' is no larger than '{smaller}'.")
+
+
+def check_disjoint(folds: Mapping[str, Collection[str]]) -> None:
+    """Check that sequential requests (C6) share no record.
+
+    Raises:
+        InvalidSplit: If two do; names them.
+    """
+    _neighbours(folds)
+    owner: dict[str, str] = {}
+    for name, ids in folds.items():
+        for record in sorted(set(ids)):
+            if record in owner:
+                raise InvalidSplit(f"Folds '{owner[record]}' and '{name}' share the record {record!r}.")
+            owner[record] = name
+
+
+def check_documents(forget: Signals, holdout: Signals) -> tuple[Signals, Signals]:
+    """Signals of both sides as arrays.
+
+    Raises:
+        InvalidAudit: If a side has fewer than 2 documents or a signal is NaN or infinite.
+    """
+    sides = np.asarray(forget, float), np.asarray(holdout, float)
+    for name, values in zip(("forget", "holdout"), sides, strict=True):
+        if values.ndim != 1 or len(values) < FEWEST_DOCUMENTS:
+            raise InvalidAudit(
+                f"PrivLeak needs {FEWEST_DOCUMENTS} or more {name} documents, not {values.shape}."
+            )
+        if not np.isfinite(values).all():
+            raise InvalidAudit(
+                f"{int((~np.isfinite(values)).sum())} signals of the {name} documents are NaN."
+            )
+    return sides
+
+
+def _memorised(cut: list[str], answers: Sequence[str]) -> Memorised:
+    scores = rouge_score(cut, answers)
+    if not scores:
+        raise InvalidRecords("There is no generated text to compare.")
+    f1 = tuple(score.f1 for score in scores)
+    return Memorised(100 * sum(f1) / len(f1), f1, tuple(score.recall for score in scores), tuple(cut))
+
+
+def _neighbours(
+    sets: Mapping[str, Collection[str]],
+) -> list[tuple[tuple[str, Collection[str]], tuple[str, Collection[str]]]]:
+    empty = [name for name, ids in sets.items() if not ids]
+    if empty or not sets:
+        raise InvalidSplit(f"Forget sets without records: {shorten(empty) or 'none was given'}.")
+    return list(pairwise(sets.items()))
+
+
+def _checked(orientation: Orientation) -> Orientation:
+    if orientation not in ("muse", "open-unlearning"):
+        raise InvalidAudit(f"The orientation is 'muse' or 'open-unlearning', not {orientation!r}.")
+    return orientation
