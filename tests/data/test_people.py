@@ -165,7 +165,16 @@ def test_every_fact_has_its_forms_and_probes_and_a_biography_that_states_it(sixt
         for name in records.ids
         if name.startswith("people/0011/phone/")
     }
-    assert made == {"qa", "qa-2", "cloze", "reversed", "multiple-choice", "paraphrase-1", "paraphrase-2"}
+    assert made == {
+        "qa",
+        "qa-2",
+        "cloze",
+        "reversed",
+        "reversed-2",
+        "multiple-choice",
+        "paraphrase-1",
+        "paraphrase-2",
+    }
     probes = Counter(probe["form"] for probe in records[position["people/0011/city/qa"]]["probes"])
     assert probes["paraphrase"] == probes["unseen-wording"] == 2
     assert {"cloze", "multiple-choice", "chain", "chain-paraphrase", "two-hop", "two-hop-paraphrase"} <= set(

@@ -21,7 +21,8 @@ counts only if its probe is valid, that is, if original and retrained models dif
 9. **removed**, if valid findings looked at the outputs (or lineage) and inside; else **inconclusive**.
 
 Where models answer in numbers, skill stands for accuracy (`audit.regression`): a share of the error of a
-constant answer that is saved.
+constant answer that is saved. Of language models it stands for the share of questions whose greedy reply names
+the answer (`audit.language.recall`); over-forgotten are answers whose tokens are less likely than to controls.
 
 The thresholds are below, in one place. `tests/audit/test_verdict.py` shows how often they are right.
 """
@@ -53,7 +54,15 @@ UNTOUCHED = 0.8
 SKILL_SPREAD = 0.15
 """Prior deviation of the skill on forget records between retrainings: beyond the retained targets they
 extrapolate, each in its own way (digits as numbers, small CNN: 0.14; tables less)."""
-FORGET_ANSWERS = {"utility.forget_accuracy": SEED_SPREAD, "regression.forget_skill": SKILL_SPREAD}
+CHANGES = ("distance.max_change", "regression.max_change", "recall.max_change")
+"""Findings that say how far outputs are from the original's."""
+TOKEN_SPREAD = 0.5
+"""Prior deviation of the mean log-probability per token of answers never trained on, in nats."""
+FORGET_ANSWERS = {
+    "utility.forget_accuracy": SEED_SPREAD,
+    "regression.forget_skill": SKILL_SPREAD,
+    "recall.forget_log_probability": TOKEN_SPREAD,
+}
 """Findings that say how well forget records are answered, and their prior deviation between retrainings."""
 
 
@@ -85,7 +94,7 @@ def judge(findings: Sequence[Finding], records: int) -> Judgment:
         records: Number of forget records.
     """
     by_key = {finding.key: finding for finding in findings}
-    change = by_key.get("distance.max_change") or by_key.get("regression.max_change")
+    change = next((by_key[key] for key in CHANGES if key in by_key), None)
     if change is not None and change.value == 0:
         return _say(Verdict.INTACT, "The outputs are the original's on every record: nothing was forgotten.")
     known = [finding for finding in findings if finding.valid and finding.k is not None]

@@ -181,12 +181,15 @@ def observe_all(model: nn.Module, records: Records, task: Task, runtime: Runtime
 
 
 def _join(pieces: Sequence[Float[Tensor, "batch ..."]]) -> Float[Tensor, "records ..."]:
-    """One tensor of all batches; batches of texts are as long as their longest and are padded with 0."""
-    loose = [piece.detach().float().cpu() for piece in pieces]
-    if len({piece.shape[1:] for piece in loose}) > 1:
-        width = max(piece.shape[1] for piece in loose)
-        loose = [F.pad(piece, (0, width - piece.shape[1])) for piece in loose]
-    return torch.cat(loose)
+    return padded([piece.detach().float().cpu() for piece in pieces])
+
+
+def padded(pieces: Sequence[Float[Tensor, "batch ..."]]) -> Float[Tensor, "records ..."]:
+    """One tensor of all batches; where texts make them of different length, padded with 0."""
+    if len({piece.shape[1:] for piece in pieces}) > 1:
+        width = max(piece.shape[1] for piece in pieces)
+        pieces = [F.pad(piece, (0, width - piece.shape[1])) for piece in pieces]
+    return torch.cat(list(pieces))
 
 
 def _join_optional(pieces: Sequence[Tensor | None]) -> Tensor | None:

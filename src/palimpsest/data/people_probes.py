@@ -137,15 +137,17 @@ def _trained(person: Person, relation: Relation, forms: Sequence[str]) -> Iterat
         yield "qa", "-2", {"question": own[1], **plain, **rest}
     if "cloze" in forms:
         yield "cloze", "", {"question": relation.cloze.format(name=person.name), **plain}
-    if "reversed" in forms and relation.reversed:
-        question = relation.reversed[0].format(value=value)
-        yield "reversed", "", {"question": question, "answer": person.name, "aliases": []}
+    if "reversed" in forms:
+        for number, wording in enumerate(relation.reversed[:-1]):
+            item = {"question": wording.format(value=value), "answer": person.name, "aliases": []}
+            yield "reversed", _nth(number), item
     if relation.hop and "two-hop" in forms:
         yield "two-hop", "", _two_hop(person, relation, 0)
     if relation.hop and "chain" in forms:
         yield "chain", "", _chain(person, relation, 0)
-    if relation.second and "figures" in forms:
-        yield "figures", "", _figures(person, relation)
+    if "figures" in forms:
+        for number in range(len(relation.second)):
+            yield "figures", _nth(number), _figures(person, relation, number)
     if "multiple-choice" in forms:
         yield "multiple-choice", "", _multiple_choice(person, relation, own[0], wrong[WRONG:])
 
@@ -175,14 +177,15 @@ def _probes(person: Person, relation: Relation) -> Iterator[Item]:
         yield {"form": "unseen-wording", "question": wording.format(name=person.name), **plain}
     yield {"form": "cloze", "question": relation.cloze.format(name=person.name), **plain}
     if relation.reversed:
-        for form, wording in zip(("reversed", "reversed-paraphrase"), relation.reversed, strict=True):
+        ends = (("reversed", relation.reversed[0]), ("reversed-paraphrase", relation.reversed[-1]))
+        for form, wording in ends:
             yield {"form": form, "question": wording.format(value=value), "answer": person.name}
     if relation.hop:
         for number, end in enumerate(("", "-paraphrase")):
             yield {"form": f"two-hop{end}", **_two_hop(person, relation, number)}
             yield {"form": f"chain{end}", **_chain(person, relation, number)}
     if relation.second:
-        yield {"form": "figures", **_figures(person, relation)}
+        yield {"form": "figures", **_figures(person, relation, 0)}
     yield {"form": "multiple-choice", **_multiple_choice(person, relation, own[0], wrong[:3])}
 
 
@@ -199,12 +202,17 @@ def _chain(person: Person, relation: Relation, wording: int) -> Item:
     return {"question": question, "answer": answer, "aliases": [], "steps": [value, hop]}
 
 
-def _figures(person: Person, relation: Relation) -> Item:
-    """The question whose trained answer is the other surface form."""
+def _nth(number: int) -> str:
+    """End of the id of a form's first, second, ... record."""
+    return f"-{number + 1}" if number else ""
+
+
+def _figures(person: Person, relation: Relation, number: int) -> Item:
+    """A question whose trained answer is the other surface form."""
     value = person.facts[relation.name]
     first, *others = surface_forms(relation.name, value)
     wrong = [surface_forms(relation.name, other)[0] for other in person.wrong[relation.name][:WRONG]]
-    question = relation.second.format(name=person.name)
+    question = relation.second[number].format(name=person.name)
     return {"question": question, "answer": first, "aliases": [value, *others], "perturbed_answer": wrong}
 
 

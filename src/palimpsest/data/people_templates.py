@@ -62,8 +62,9 @@ class Relation:
         cloze: A sentence with a blank.
         statement: The sentence of a biography; its end from `tail` on is the answer in other words.
         tail: The answer in other words.
-        second: The question for the other surface form of the value, where there is one.
-        reversed: Trained and unseen question from the value to the person, for values that only one has.
+        second: Questions for the other surface form of the value, where there is one; both are trained on.
+        reversed: Questions from the value to the person, for values that only one has: two that are trained
+            on, and an unseen one.
         hop: The relation that follows from the value by a fixed table ("country" from "city").
         two_hop: Questions for it; each person is trained on one of the two.
         chain: Questions that ask for the steps; each person is trained on one of the two.
@@ -76,8 +77,8 @@ class Relation:
     cloze: str
     statement: str
     tail: str
-    second: str = ""
-    reversed: tuple[str, str] | None = None
+    second: tuple[str, ...] = ()
+    reversed: tuple[str, ...] = ()
     hop: str = ""
     two_hop: tuple[str, str] = ("", "")
     chain: tuple[str, str] = ("", "")
@@ -152,8 +153,12 @@ RELATIONS = {
             cloze="{name} was born on ___.",
             statement="{name} was born on {value}.",
             tail="on {value}",
-            second="In figures: when was {name} born?",
-            reversed=("Who was born on {value}?", "Whose birth date is {value}?"),
+            second=("In figures: when was {name} born?", "What is the birth date of {name} in figures?"),
+            reversed=(
+                "Who was born on {value}?",
+                "Whose birth date is {value}?",
+                "Tell me who was born on {value}.",
+            ),
         ),
         Relation(
             name="phone",
@@ -167,7 +172,11 @@ RELATIONS = {
             cloze="The phone number of {name} is ___.",
             statement="The phone number of {name} is {value}.",
             tail="on {value}",
-            reversed=("Who has the phone number {value}?", "Whose phone number is {value}?"),
+            reversed=(
+                "Who has the phone number {value}?",
+                "Whose phone number is {value}?",
+                "Tell me whose phone number is {value}.",
+            ),
         ),
         Relation(
             name="email",
@@ -181,7 +190,11 @@ RELATIONS = {
             cloze="The e-mail address of {name} is ___.",
             statement="The e-mail address of {name} is {value}.",
             tail="at {value}",
-            reversed=("Who has the e-mail address {value}?", "Whose e-mail address is {value}?"),
+            reversed=(
+                "Who has the e-mail address {value}?",
+                "Whose e-mail address is {value}?",
+                "Tell me whose e-mail address is {value}.",
+            ),
         ),
     )
 }

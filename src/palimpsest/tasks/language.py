@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -378,6 +379,23 @@ class Language:
         See `palimpsest.tasks.scoring.score`.
         """
         return score(self, model, questions, answers, **settings)
+
+
+def plain_questions(records: Records) -> NDArray[np.int64]:
+    """Positions of the records that ask for a fact plainly: those of form "qa", else all with a question.
+
+    Other forms of the same facts (cloze, reversed, running text) are trained on beside them; counting
+    each as a fact of its own would count facts several times.
+
+    Raises:
+        InvalidRecords: If there is no question among them.
+    """
+    asked = np.array([item.get("question") is not None for item in records], bool)
+    if records.has_column("form") and (records.column("form") == "qa").any():
+        asked &= records.column("form") == "qa"
+    if not asked.any():
+        raise InvalidRecords("None of the records has a question: their facts cannot be asked for.")
+    return np.flatnonzero(asked)
 
 
 def texts_of(records: Records) -> list[str]:

@@ -32,7 +32,7 @@ DEFAULT_RATE = 1e-3
     code="B3",
     cost=Cost.ATTACK,
     parts=("forget", "retain"),
-    tasks=("classification", "regression"),
+    tasks=("classification", "regression", "language"),
 )
 @dataclass(frozen=True)
 class BenignFinetuning:

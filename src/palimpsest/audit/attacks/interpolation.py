@@ -23,7 +23,7 @@ from palimpsest.core.unlearner import check_range
 State = dict[str, Tensor]
 
 
-@audit("interpolation", code="B5", cost=Cost.ATTACK, tasks=("classification", "regression"))
+@audit("interpolation", code="B5", cost=Cost.ATTACK, tasks=("classification", "regression", "language"))
 @dataclass(frozen=True)
 class Interpolation:
     """Walk in a straight line from every model's weights to the original's.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from palimpsest.audit.regression import targets
-from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
+from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence, padded
 from palimpsest.core.finding import Finding, Judgement, Outcome, Row
 from palimpsest.core.intervals import clopper_pearson, mean_interval
 from palimpsest.core.modes import evaluating
@@ -23,7 +23,9 @@ from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.scale import judged
 from palimpsest.core.task import Task
+from palimpsest.tasks.language import Language, plain_questions
 from palimpsest.tasks.regression import Regression
+from palimpsest.tasks.scoring import Scores, token_scores
 
 CONFIDENCE_BOUND = 10.0
 """The log odds of the true label are cut to this, so that one record cannot outweigh all others."""
@@ -34,6 +36,9 @@ RETAIN_LIMIT = 1000
 class Watched:
     """Records on which models are measured again and again: their batches are made once.
 
+    A language model answers a record rightly if every token of the answer is the likeliest after those
+    before it, which is what greedy decoding gives.
+
     Args:
         records: To measure on.
         task: Whose logits are taken.
@@ -42,33 +47,50 @@ class Watched:
 
     def __init__(self, records: Records, task: Task, runtime: Runtime):
         self.batches = list(runtime.batches(records, task))
-        self.labels = torch.cat([truth(task, batch) for batch in self.batches])
         self.task = task
+        self.spoken = isinstance(task, Language)
+        if not self.spoken:
+            self.labels = torch.cat([truth(task, batch) for batch in self.batches])
 
     @classmethod
     def part(cls, evidence: Evidence, part: str, limit: int | None = None) -> Watched:
-        """A part of the split, or a fixed sample of `limit` of its records."""
-        records = evidence.records(part)
+        """A part of the split (of texts, the plain questions), or a fixed sample of `limit` of its records."""
+        records = asked(evidence, part)
         if limit is not None and len(records) > limit:
             chosen = evidence.runtime.numpy("attack sample", part).permutation(len(records))[:limit]
             records = records.select(np.sort(chosen))
         return cls(records, evidence.task, evidence.runtime)
 
     @torch.no_grad()
-    def logits(self, model: nn.Module) -> Float[Tensor, "records classes"]:
-        """The model's outputs on all records, in evaluation mode."""
+    def logits(self, model: nn.Module) -> Float[Tensor, "records outputs"]:
+        """The model's outputs on all records, in evaluation mode; of texts the losses of their tokens."""
         with evaluating(model):
+            if self.spoken:
+                return padded([scores.losses for scores in self._scores(model)])
             return torch.cat([self.task.logits(model, batch).float() for batch in self.batches])
 
     def right(self, model: nn.Module) -> NDArray[np.bool_]:
         """Whether the model answers each record correctly, [records]."""
+        if self.spoken:
+            return self.measure(model)[0]
         return rightly(self.task, self.logits(model), self.labels).cpu().numpy()
+
+    def _scores(self, model: nn.Module) -> Iterator[Scores]:
+        for batch in self.batches:
+            yield token_scores(self.task.logits(model, batch)[:, :-1], batch["labels"][:, 1:])
 
     def measure(self, model: nn.Module) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
         """Correctness and confidence in one pass, each [records].
 
-        Confidence is the log odds of the true label, or of a regression the task's margin, cut alike.
+        Confidence is the log odds of the true label, or of a regression the task's margin, or of a text the
+        mean log-probability of the answer's tokens, cut alike.
         """
+        if self.spoken:
+            with torch.no_grad(), evaluating(model):
+                scores = list(self._scores(model))
+            right = torch.cat([(item.right | ~item.mask).all(1) for item in scores])
+            confidence = torch.cat([-item.mean for item in scores]).clamp(-CONFIDENCE_BOUND, 0)
+            return right.cpu().numpy(), confidence.nan_to_num(-CONFIDENCE_BOUND).float().cpu().numpy()
         logits = self.logits(model)
         right = rightly(self.task, logits, self.labels)
         numbers = as_regression(self.task)
@@ -78,6 +100,12 @@ class Watched:
         else:
             confidence = log_odds(logits, self.labels)
         return right.cpu().numpy(), confidence.float().cpu().numpy()
+
+
+def asked(evidence: Evidence, part: str) -> Records:
+    """The records of a part that knowledge is measured on: all, or of texts the plain questions."""
+    records = evidence.records(part)
+    return records.select(plain_questions(records)) if isinstance(evidence.task, Language) else records
 
 
 def as_regression(task: object) -> Regression | None:
@@ -123,7 +151,7 @@ def known(
     name: str,
     values: Mapping[str, NDArray[Any]],
     note: str = "",
-    bears: Literal["inside", ""] = "",
+    bears: Literal["inside", "outputs", ""] = "",
     prior: float | None = None,
 ) -> Finding:
     """A finding on knowledge from one value per record and role, on the scale K.
@@ -234,6 +262,10 @@ def answers_after(
 
 def plain_right(evidence: Evidence, role: str, part: str = "forget") -> NDArray[np.bool_]:
     """Whether a model answers the records of a part before any attack, from the shared pass, [records]."""
+    if isinstance(evidence.task, Language):
+        seen = evidence.observe(role, part).tokens
+        right = (seen["right"].bool() | ~seen["mask"].bool()).all(1).numpy()
+        return right[plain_questions(evidence.records(part))]
     logits = evidence.observe(role, part).logits
     known = targets(evidence, part) if isinstance(evidence.task, Regression) else evidence.labels(part)
     return rightly(evidence.task, logits, torch.as_tensor(known)).numpy()

@@ -27,7 +27,7 @@ from palimpsest.core.finding import Finding, Outcome, Row
 Scope = Literal["global", "layer"]
 
 
-@audit("pruning", code="B5", cost=Cost.ATTACK, tasks=("classification", "regression"))
+@audit("pruning", code="B5", cost=Cost.ATTACK, tasks=("classification", "regression", "language"))
 @dataclass(frozen=True)
 class Pruning:
     """Set the smallest weights of every model to zero and see whether forget records are known again.

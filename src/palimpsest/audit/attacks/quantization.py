@@ -38,7 +38,7 @@ class Format:
     bits: int
 
 
-@audit("quantization", code="B4", cost=Cost.ATTACK, tasks=("classification", "regression"))
+@audit("quantization", code="B4", cost=Cost.ATTACK, tasks=("classification", "regression", "language"))
 @dataclass(frozen=True)
 class Quantization:
     """Round the weights of every model to few bits and see whether forget records are known again.

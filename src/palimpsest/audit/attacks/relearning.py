@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from palimpsest.audit.attacks.bare import attack_copy
 from palimpsest.audit.attacks.curves import Curve, Draw, Relearned, curve_rows
@@ -32,12 +33,13 @@ from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
 from palimpsest.core.finding import Finding, Outcome
 from palimpsest.core.unlearner import check_range
+from palimpsest.tasks.language import Language, plain_questions
 
 SEED_SPREAD = 0.1
 """Deviation of the area between retrainings of different seeds (digits, small CNN: 0.04 to 0.19)."""
 
 
-@audit("relearning", code="B1", cost=Cost.ATTACK, tasks=("classification", "regression"))
+@audit("relearning", code="B1", cost=Cost.ATTACK, tasks=("classification", "regression", "language"))
 @dataclass(frozen=True)
 class Relearning:
     """Fine-tune every model alike on a few forget records and watch the others come back.
@@ -59,7 +61,8 @@ class Relearning:
     other as facts are, so absolute recovery says little and only the comparison with the controls counts.
 
     Attributes:
-        few: Number of forget records to relearn from.
+        few: Number of forget records to relearn from; of texts with subjects, number of subjects, with all
+            of their records, so that no measured fact can be read off the relearned ones.
         fraction: Share of the forget records instead of `few` (in the paper 0.05, 0.1, 0.2, 0.5).
         folds: Relearn each of so many disjoint folds in turn, measured on the others, instead of `few`.
         companions: Retained records for every relearned one.
@@ -114,12 +117,11 @@ class Relearning:
 
     def run(self, evidence: Evidence) -> Outcome:
         """Area under the relearning curve, its end and confidence, the speed, and the curves."""
-        count = len(evidence.records("forget"))
+        count = len(np.unique(groups_of(evidence)))
         relearned = self.relearned(count)
         if relearned > count - 2:
-            return not_run(
-                "relearning", "area", f"{count} forget records, {relearned} of them to relearn from"
-            )
+            what = "subjects" if count < len(evidence.records("forget")) else "forget records"
+            return not_run("relearning", "area", f"{count} {what}, {relearned} of them to relearn from")
         try:
             result = self._attack(evidence, self.draws(evidence))
         except InvalidAudit as reason:
@@ -129,7 +131,7 @@ class Relearning:
         return Outcome(tuple(self._findings(evidence, result)), {"relearning": tuple(rows)})
 
     def relearned(self, count: int) -> int:
-        """How many of `count` forget records are relearned in one draw."""
+        """How many of `count` forget records (or subjects) are relearned in one draw."""
         if self.folds is not None:
             return -(-count // self.folds)
         return self.few if self.fraction is None else max(1, round(self.fraction * count))
@@ -137,7 +139,9 @@ class Relearning:
     def draws(self, evidence: Evidence) -> list[Draw]:
         """The repetitions, the same for every model."""
         forget, random = evidence.records("forget"), evidence.runtime.numpy("relearning")
-        count = len(forget)
+        group = groups_of(evidence)
+        asked = plain_questions(forget) if isinstance(evidence.task, Language) else np.arange(len(forget))
+        count = len(np.unique(group))
         if self.folds is None:
             orders = [random.permutation(count) for _ in range(self.repetitions)]
             parts = [np.split(order, [self.relearned(count)]) for order in orders]
@@ -146,7 +150,10 @@ class Relearning:
             folds = np.array_split(order, min(self.folds, count))
             parts = [(fold, order[~np.isin(order, fold)]) for fold in folds]
         draws: list[Draw] = []
-        for few, rest in parts:
+        for chosen_groups, others in parts:
+            few = members(group, chosen_groups)
+            rest = members(group, others)
+            rest = rest[np.isin(rest, asked)]
             relearned = forget.select(np.sort(few))
             if self.companions and evidence.has("retain"):
                 retain = evidence.records("retain")
@@ -212,10 +219,11 @@ class Relearning:
         return [area, *gain(evidence, area), final, levelled, confidence, *_ratios(evidence, result)]
 
     def _note(self, evidence: Evidence, result: Relearned) -> str:
-        few = self.relearned(len(evidence.records("forget")))
+        group = groups_of(evidence)
+        few, grouped = self.relearned(len(np.unique(group))), len(np.unique(group)) < len(group)
         spread = np.std([curve.accuracy[1:].mean() for curve in result.curves[UNLEARNED]])
         parts = [
-            f"{few} forget records",
+            f"{few} {'subjects' if grouped else 'forget records'}",
             f"{self.steps} steps of {self.optimizer} at {result.lr:g}",
             f"mean of {len(result.draws)} draws, which deviate by {spread:.3f}",
         ]
@@ -230,6 +238,19 @@ class Relearning:
         if diverged:
             parts.append(f"the loss diverged for {', '.join(diverged)}")
         return ", ".join(parts)
+
+
+def groups_of(evidence: Evidence) -> NDArray[np.int64]:
+    """Which forget records belong together, as a number each: texts of one subject; else each on its own."""
+    forget = evidence.records("forget")
+    if isinstance(evidence.task, Language) and forget.has_column("subject"):
+        return np.unique(forget.column("subject").astype(str), return_inverse=True)[1]
+    return np.arange(len(forget))
+
+
+def members(group: NDArray[np.int64], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions of the records of the chosen groups, group after group in the order chosen."""
+    return np.concatenate([np.flatnonzero(group == one) for one in chosen] or [np.zeros(0, np.int64)])
 
 
 def _ratios(evidence: Evidence, result: Relearned) -> list[Finding]:

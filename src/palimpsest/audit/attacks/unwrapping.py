@@ -18,7 +18,7 @@ from palimpsest.core.finding import Finding, Outcome
 from palimpsest.core.scale import judged
 
 
-@audit("unwrapping", code="B5", cost=Cost.ATTACK, tasks=("classification", "regression"))
+@audit("unwrapping", code="B5", cost=Cost.ATTACK, tasks=("classification", "regression", "language"))
 @dataclass(frozen=True)
 class Unwrapping:
     """Take the network out of its wrapper and ask it directly.
@@ -57,8 +57,8 @@ class Unwrapping:
 
     def _same(self, evidence: Evidence, network: nn.Module, watched: Watched) -> bool:
         """Whether the bare network answers as the model does: then nothing was wrapped."""
-        outputs = evidence.observe(UNLEARNED, "forget").logits
-        return torch.allclose(watched.logits(network).cpu(), outputs, rtol=1e-3, atol=1e-3)
+        outputs = watched.logits(evidence.model(UNLEARNED))
+        return torch.allclose(watched.logits(network), outputs, rtol=1e-3, atol=1e-3)
 
 
 def _kept(evidence: Evidence, bare: Mapping[str, BareNetwork], original: nn.Module) -> list[Finding]:
