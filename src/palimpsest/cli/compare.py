@@ -20,6 +20,7 @@ EXAMPLE = (
     "palimpsest compare --data digits --forget label=3 --methods ssd,scrub --seeds 3 --out runs/first\n\n"
     "palimpsest compare --forget label=3 --forget fraction=0.1 --methods ssd,salun --set methods.0.settings.alpha=30\n\n"
     "palimpsest compare --forget label=3 --forget label=5 --in-turn --methods scrub,ssd\n\n"
+    "palimpsest compare --bench people --methods npo,gu+npo,flat --seeds 3\n\n"
     "palimpsest compare recipe.yaml --set forget.fraction=0.05\n\n"
     "palimpsest compare --forget fraction=0.1 --methods ssd --audits utility,shadow-membership "
     "--audit-set shadow-membership.runs=64"
@@ -35,6 +36,13 @@ def command(
     ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="NAME[:PLACE]", help="Data set; digits if none is named.")
+    ] = None,
+    bench: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A benchmark: fills in data, model, training, request and audits (palimpsest benchmarks).",
+        ),
     ] = None,
     forget: Annotated[
         list[str] | None,
@@ -109,8 +117,10 @@ def command(
     What was finished is kept: the same command resumes a study that was interrupted, and one with more
     requests, methods or seeds runs only what is new.
     """
-    if recipe is None and not forget:
-        raise typer.BadParameter("say what to forget (--forget label=3), or name a recipe")
+    if recipe is not None and bench is not None:
+        raise typer.BadParameter("a recipe and a benchmark exclude each other")
+    if recipe is None and bench is None and not forget:
+        raise typer.BadParameter("say what to forget (--forget label=3), or name a recipe or a benchmark")
     if recipe is None and not methods:
         raise typer.BadParameter("say which methods to compare (--methods ssd,scrub), or name a recipe")
     named = {
@@ -135,8 +145,19 @@ def command(
     from palimpsest.study.recipe import load_recipe
     from palimpsest.study.tuned import load_tuned, with_tuned
 
-    said = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
-    whole = load_recipe(recipe or {}, [*said, *(change or [])])
+    start: Any = recipe or {}
+    if bench is not None:
+        from palimpsest.suites.benchmark import BENCHMARKS
+
+        chosen = BENCHMARKS.get(bench)
+        start = chosen.recipe(model, data)
+        named["methods"] = chosen.methods(listed(methods))
+    said = [
+        f"{key}={json.dumps(value)}"
+        for key, value in named.items()
+        if value is not None and not (bench is not None and key in ("data", "model"))
+    ]
+    whole = load_recipe(start, [*said, *(change or [])])
     if tuned is not None:
         whole = with_tuned(whole, load_tuned(tuned))
     result = compare(whole, out, workers=workers, progress=True, wait=wait, retry=retry)

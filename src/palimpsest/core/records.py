@@ -174,6 +174,11 @@ class Records(Dataset[dict[str, Any]]):
         return self._tensors is not None
 
     @property
+    def listed(self) -> bool:
+        """Whether the items lie in memory as a list (texts), so that reading all of them costs little."""
+        return isinstance(self._dataset, list | tuple)
+
+    @property
     def tensors(self) -> dict[str, Tensor] | None:
         """All fields stacked, each [records, ...], if the data lie in memory as tensors; else None."""
         if self._tensors is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from palimpsest.core.records import Records
 
 
 def records_fingerprint(records: Records) -> str:
-    """A hash of ids and columns, and of all values if the data lie in memory.
+    """A hash of ids and columns, and of all values if the data lie in memory (tensors, or a list of texts).
 
     Of data that are read from disk record by record only ids and columns are hashed: reading everything
     once more to hash it may take hours.
@@ -24,6 +25,9 @@ def records_fingerprint(records: Records) -> str:
     for name, tensor in (records.tensors or {}).items():
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
         digest.update(tensor.cpu().numpy().tobytes())
+    if records.listed:
+        for item in records:
+            digest.update(json.dumps(item, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:20]
 
 

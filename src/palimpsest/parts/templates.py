@@ -15,6 +15,8 @@ from palimpsest.core.errors import InvalidHyperparameter
 
 SENTINEL = ("QUESTION", "ANSWER")
 PLAIN_QUESTION, PLAIN_ANSWER = "Question: {question}\nAnswer:", " {answer}"
+PLAIN_WORDS = "Question: Answer:"
+"""What the plain template adds to texts: a tokenizer made for it should have seen it."""
 NAMES = ("auto", "chat", "plain", "bare")
 
 

@@ -126,7 +126,7 @@ class Workshop:
     def task(self) -> Task:
         """The domain, fitted to the training records of the first request."""
         domain = self.recipe.task
-        return build_task(domain.name, domain.settings, self.splits[0].train)
+        return build_task(domain.name, domain.settings, self.splits[0].train, self.records)
 
     @cached_property
     def splits(self) -> list[ForgetSplit]:

@@ -26,7 +26,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Observation
-from palimpsest.parts.templates import Template, template_of
+from palimpsest.parts.templates import PLAIN_WORDS, Template, template_of
 from palimpsest.parts.tokens import IGNORED, check_tokens, mean_losses
 from palimpsest.tasks._checking import first_outputs
 from palimpsest.tasks.generating import generate
@@ -55,7 +55,7 @@ class Language:
 
     Attributes:
         tokenizer: A Hugging Face tokenizer, the name or folder of one, or "data": a small one of byte pairs
-            that is made from the training texts.
+            that is made from the texts of the data.
         template: "auto", "chat", "plain", "bare" or a text with {question} and {answer} (see
             `palimpsest.parts.templates.template_of`).
         system: System turn of a chat template.
@@ -80,14 +80,21 @@ class Language:
         """Short name of the domain."""
         return "language"
 
-    def fitted(self, train: Records) -> Language:
-        """The same task with its tokenizer loaded, or made from the training texts."""
+    @property
+    def fits_whole(self) -> bool:
+        """It is fitted to all records: see `build_task`."""
+        return True
+
+    def fitted(self, records: Records) -> Language:
+        """The same task with its tokenizer loaded, or made from the texts of records."""
         if self.tokenizer != "data":
             _ = self.encoder
             return self
         from palimpsest.parts.byte_pairs import byte_pair_tokenizer
 
-        return replace(self, tokenizer=byte_pair_tokenizer(texts_of(train), self.vocabulary))
+        return replace(
+            self, tokenizer=byte_pair_tokenizer([*texts_of(records), PLAIN_WORDS], self.vocabulary)
+        )
 
     def outputs(self, records: Records) -> int:
         """Number of outputs of a model for this task: the size of the vocabulary."""

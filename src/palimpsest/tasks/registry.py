@@ -26,8 +26,15 @@ def task(name: str) -> Callable[[C], C]:
     return decorate
 
 
-def build_task(name: str, settings: Mapping[str, Any], train: Records) -> Task:
+def build_task(name: str, settings: Mapping[str, Any], train: Records, whole: Records | None = None) -> Task:
     """A task by name, fitted to the training records where it has something to fit (a scale of targets).
+
+    Args:
+        name: Of the task.
+        settings: Its fields.
+        train: Training records.
+        whole: All records, for tasks that are fitted to them (`fits_whole`: a tokenizer made from training
+            texts alone would cut names of others into more tokens, and so tell members from others).
 
     Raises:
         UnknownName: For a task or a setting that does not exist; suggests the nearest.
@@ -35,4 +42,5 @@ def build_task(name: str, settings: Mapping[str, Any], train: Records) -> Task:
         InvalidRecords: If the training records do not let it be fitted.
     """
     built = build("task", TASKS.get(name), name, settings)
-    return cast(Task, built.fitted(train) if hasattr(built, "fitted") else built)
+    seen = whole if whole is not None and getattr(built, "fits_whole", False) else train
+    return cast(Task, built.fitted(seen) if hasattr(built, "fitted") else built)
