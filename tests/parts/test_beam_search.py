@@ -35,7 +35,9 @@ class Uncached(nn.Module):
 
     def forward(self, input_ids, attention_mask, use_cache=False):
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        output = self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        output = self.inner(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        )
         return type("Output", (), {"logits": output.logits})()
 
 
@@ -69,7 +71,11 @@ def test_wide_enough_it_finds_the_best_of_all_answers_without_a_phrase(seed):
     ids = torch.tensor([[1, 3, 4]])
     with torch.no_grad():
         every = [row for row in itertools.product(range(size), repeat=longest) if END not in row[:-1]]
-        every += [(*row, END) for short in range(longest - 1) for row in itertools.product([0, 1, 3, 4, 5], repeat=short)]
+        every += [
+            (*row, END)
+            for short in range(longest - 1)
+            for row in itertools.product([0, 1, 3, 4, 5], repeat=short)
+        ]
         scored = {}
         for row in every:
             whole = torch.tensor([[*ids[0].tolist(), *row]])
@@ -93,7 +99,9 @@ def test_prompts_that_are_searched_together_are_answered_as_alone(seed):
     machines = [phrase_machine([(token,) for token in range(3 + at, 20, 3)]) for at in range(3)]
     together = beam_search(model, ids, mask, search, Restriction(machines))
     for row in range(3):
-        alone = beam_search(model, ids[row : row + 1], mask[row : row + 1], search, Restriction([machines[row]]))
+        alone = beam_search(
+            model, ids[row : row + 1], mask[row : row + 1], search, Restriction([machines[row]])
+        )
         assert alone[0][0].tokens == together[row][0].tokens
         assert not machines[row].leaks(together[row][0].tokens)
 

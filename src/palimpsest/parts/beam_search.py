@@ -133,7 +133,11 @@ def beam_search(
                 if not live[prompt] and not ended[prompt]:
                     ended[prompt] = [_given_up(before, search)]
                 elif length == search.max_new_tokens or _decided(live[prompt], ended[prompt], search):
-                    ended[prompt] = _best(ended[prompt] + live[prompt], search) if length == search.max_new_tokens else ended[prompt]
+                    ended[prompt] = (
+                        _best(ended[prompt] + live[prompt], search)
+                        if length == search.max_new_tokens
+                        else ended[prompt]
+                    )
                     live[prompt] = []
         if shared is not None:
             shared(common_start([one.tokens for one in (*live[0], *ended[0])]))

@@ -130,7 +130,10 @@ def embedding_encoder(model: Any, tokenize: Callable[[str], list[int]]) -> Encod
     def encode(texts: Sequence[str]) -> Any:
         rows = [tokenize(text) for text in texts]
         empty = torch.zeros(table.shape[1])
-        means = [table[torch.tensor(row, device=table.device)].float().mean(0).cpu() if row else empty for row in rows]
+        means = [
+            table[torch.tensor(row, device=table.device)].float().mean(0).cpu() if row else empty
+            for row in rows
+        ]
         return torch.stack(means)
 
     return encode

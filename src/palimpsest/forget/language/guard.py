@@ -53,8 +53,14 @@ UNUSED = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "
     "guard",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("language",),
-    paper=Paper("GUARD: Generation-time LLM Unlearning via Adaptive Restriction and Detection", "2025", "2505.13312"),
-    search={"delta": Span(0.5, 0.8), "prefix_penalty": Span(0.1, 5.0, log=True), "beam_width": Span(3, 8, integer=True)},
+    paper=Paper(
+        "GUARD: Generation-time LLM Unlearning via Adaptive Restriction and Detection", "2025", "2505.13312"
+    ),
+    search={
+        "delta": Span(0.5, 0.8),
+        "prefix_penalty": Span(0.1, 5.0, log=True),
+        "beam_width": Span(3, 8, integer=True),
+    },
 )
 @dataclass(frozen=True, kw_only=True)
 class Guard:
@@ -145,9 +151,13 @@ class Guard:
         if not isinstance(task, Language):
             raise ModelMismatch(f"Method 'guard' works for language, not for {task.name}.")
         if split.retain is None:
-            raise MissingNeed("Method 'guard' needs retained prompts to tell apart: pass them as ForgetSplit.retain.")
+            raise MissingNeed(
+                "Method 'guard' needs retained prompts to tell apart: pass them as ForgetSplit.retain."
+            )
         if task.encoder.eos_token_id is None:
-            raise InvalidHyperparameter("The tokenizer has no end token, with which a restricted answer could end.")
+            raise InvalidHyperparameter(
+                "The tokenizer has no end token, with which a restricted answer could end."
+            )
         settings = self.classifier
         assert isinstance(settings, ClassifierSettings)
         reader = PromptReader(task)
@@ -158,9 +168,13 @@ class Guard:
                 f"A guard needs prompts of both classes, not {len(forget)} to forget and {len(retain)} to retain."
             )
         inner = runtime.place(copy.deepcopy(model)).eval()
-        store = Store(items, forget, task.tokens, lambda texts: self._encoder(texts, inner, task), self.aliases)
+        store = Store(
+            items, forget, task.tokens, lambda texts: self._encoder(texts, inner, task), self.aliases
+        )
         states = [
-            pooled_states(inner, task, [_tokens(task, one) for one in prompts], settings.layer, settings.batch_size)
+            pooled_states(
+                inner, task, [_tokens(task, one) for one in prompts], settings.layer, settings.batch_size
+            )
             for prompts in (forget, retain)
         ]
         classifier = train_classifier(*states, [one.record for one in retain], settings, runtime)
@@ -193,7 +207,12 @@ class GuardedModel(Wrapped):
     """
 
     def __init__(
-        self, inner: nn.Module, reader: PromptReader, classifier: PromptClassifier, store: Store, settings: Guard
+        self,
+        inner: nn.Module,
+        reader: PromptReader,
+        classifier: PromptClassifier,
+        store: Store,
+        settings: Guard,
     ):
         super().__init__(inner)
         self.classifier = classifier
@@ -250,7 +269,9 @@ class GuardedModel(Wrapped):
         reads = self.reader.read(call.ids, mask)
         entries = self._decisions(output, mask, reads)
         places, states, last = [], [], []
-        for row, (tokens, read, entry) in enumerate(zip(rows_of(call.ids, mask), reads, entries, strict=True)):
+        for row, (tokens, read, entry) in enumerate(
+            zip(rows_of(call.ids, mask), reads, entries, strict=True)
+        ):
             state = START
             if entry >= 0:
                 machine = self._entries[entry].machine
@@ -258,7 +279,9 @@ class GuardedModel(Wrapped):
                 own = torch.nonzero(mask[row])[:, 0].tolist()
                 before = machine.states(tokens[begin:])
                 state = machine.run(tokens[begin:])
-                for at, held in zip(own[max(begin - 1, 0) :], (before if begin else before[1:]) + [state], strict=True):
+                for at, held in zip(
+                    own[max(begin - 1, 0) :], (before if begin else before[1:]) + [state], strict=True
+                ):
                     places.append((row, at, entry))
                     states.append(held)
             last.append(state)
@@ -337,7 +360,9 @@ class GuardedModel(Wrapped):
             raise ModelMismatch("A guard needs the tokens of prompts: pass input_ids.")
         mask = self._mask(ids, settings)
         with evaluating(self.inner):
-            output = self.inner(input_ids=ids, attention_mask=mask, output_hidden_states=True, **self._places(mask))
+            output = self.inner(
+                input_ids=ids, attention_mask=mask, output_hidden_states=True, **self._places(mask)
+            )
             entries = self._decisions(output, mask, self.reader.read(ids, mask))
             if max(entries) < 0:
                 return self.inner.generate(inputs, **settings)  # pyright: ignore[reportCallIssue]
@@ -346,7 +371,9 @@ class GuardedModel(Wrapped):
     def _guarded(self, ids: Tensor, mask: Tensor, entries: list[int], settings: dict[str, Any]) -> Tensor:
         """Answers of a batch in which some prompts are guarded."""
         if settings.get("return_dict_in_generate"):
-            raise InvalidHyperparameter("Guarded prompts give tokens only: leave out return_dict_in_generate.")
+            raise InvalidHyperparameter(
+                "Guarded prompts give tokens only: leave out return_dict_in_generate."
+            )
         if settings.get("past_key_values") is not None or settings.get("cache") is not None:
             raise ModelMismatch("A guard must see the whole prompt: leave out the cache.")
         ignored = [name for name in UNUSED if settings.get(name)]
@@ -357,13 +384,17 @@ class GuardedModel(Wrapped):
         rows = [row for row, entry in enumerate(entries) if entry >= 0]
         others = [row for row, entry in enumerate(entries) if entry < 0]
         streamer = settings.get("streamer")
-        found = self._searched(ids[rows], mask[rows], [self._entries[entries[row]] for row in rows], search, streamer)
+        found = self._searched(
+            ids[rows], mask[rows], [self._entries[entries[row]] for row in rows], search, streamer
+        )
         written: dict[int, list[Tokens]] = {}
         for row, hypotheses in zip(rows, found, strict=True):
             answers = [one.tokens for one in hypotheses]
             written[row] = [answers[min(number, len(answers) - 1)] for number in range(several)]
         if others:
-            rest = {key: value for key, value in settings.items() if key not in ("input_ids", "attention_mask")}
+            rest = {
+                key: value for key, value in settings.items() if key not in ("input_ids", "attention_mask")
+            }
             made = self.inner.generate(input_ids=ids[others], attention_mask=mask[others], **rest)  # pyright: ignore[reportCallIssue]
             answers = made[:, ids.shape[1] :].tolist()
             for number, row in enumerate(others):
@@ -389,7 +420,10 @@ class GuardedModel(Wrapped):
             return self.matching.penalties(texts, forbidden[prompt], self.store.encoder)
 
         restriction = Restriction(
-            [one.machine for one in forbidden], self.settings.prefix_penalty, judge, self.settings.soft == "penalise"
+            [one.machine for one in forbidden],
+            self.settings.prefix_penalty,
+            judge,
+            self.settings.soft == "penalise",
         )
         if streamer is None:
             return beam_search(self.inner, ids, mask, search, restriction)
@@ -418,7 +452,10 @@ class GuardedModel(Wrapped):
             raise InvalidHyperparameter(f"An answer needs at least 1 new token, not {longest}.")
         stops = self._setting(settings, "eos_token_id")
         stops = self.task.stops if stops is None else stops
-        ends = frozenset(int(token) for token in (stops if isinstance(stops, Sequence) else torch.as_tensor(stops).flatten().tolist()))
+        ends = frozenset(
+            int(token)
+            for token in (stops if isinstance(stops, Sequence) else torch.as_tensor(stops).flatten().tolist())
+        )
         width = max(self.settings.beam_width, several)
         return Search(width, int(longest), ends, self.settings.length_penalty, several)
 
@@ -458,5 +495,7 @@ def _together(
     for row in range(len(ids)):
         for number, answer in enumerate(written[row]):
             result[row * several + number, : ids.shape[1]] = ids[row]
-            result[row * several + number, ids.shape[1] : ids.shape[1] + len(answer)] = torch.tensor(answer).to(ids)
+            result[row * several + number, ids.shape[1] : ids.shape[1] + len(answer)] = torch.tensor(
+                answer
+            ).to(ids)
     return result

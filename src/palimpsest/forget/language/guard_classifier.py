@@ -185,9 +185,7 @@ def train_classifier(
         classifier = PromptClassifier(states.shape[1], settings.hidden).to(states.device)
     classifier.mean.copy_(states.mean(0))
     classifier.scale.copy_(states.std(0, unbiased=False).clamp(min=1e-6))
-    optimizer = torch.optim.AdamW(
-        classifier.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     with torch.enable_grad():
         for _ in range(settings.epochs):
             optimizer.zero_grad()

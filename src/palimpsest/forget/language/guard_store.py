@@ -90,7 +90,9 @@ class Forbidden:
     machine: PhraseMachine
     vectors: Float[NDArray[np.float32], "phrases dim"]
     longest: int
-    _likeness: dict[str, float] = field(default_factory=dict[str, float], init=False, repr=False, compare=False)
+    _likeness: dict[str, float] = field(
+        default_factory=dict[str, float], init=False, repr=False, compare=False
+    )
 
     def says(self, window: str) -> bool:
         """Whether a few words are a phrase, whatever their case, blanks and signs."""
@@ -132,10 +134,16 @@ class Store:
         aliases: bool = False,
     ):
         if not items or not prompts:
-            raise InvalidRecords("A guard has nothing to keep back: the forget records hold no question or text.")
+            raise InvalidRecords(
+                "A guard has nothing to keep back: the forget records hold no question or text."
+            )
         found = [phrases_of(item, aliases) for item in items]
         self.phrases = [tuple(phrases) for phrases, _ in found]
-        bare = [item.get("answer") or item.get("text") for item, (_, whole) in zip(items, found, strict=True) if whole]
+        bare = [
+            item.get("answer") or item.get("text")
+            for item, (_, whole) in zip(items, found, strict=True)
+            if whole
+        ]
         if bare:
             warnings.warn(
                 f"{len(bare)} answers hold no key phrase ({shorten(bare, 3)}): they are forbidden as a whole.",
