@@ -28,7 +28,17 @@ from palimpsest.parts import byte_pairs, templates, tokens, training
 from palimpsest.parts.training import RECIPE_ATTRIBUTE
 from palimpsest.tasks.language import Language
 
-SOURCES = (people, people_probes, people_templates, learnt_worlds, small_llama, byte_pairs, templates, tokens, training)
+SOURCES = (
+    people,
+    people_probes,
+    people_templates,
+    learnt_worlds,
+    small_llama,
+    byte_pairs,
+    templates,
+    tokens,
+    training,
+)
 LIBRARIES = ("torch", "transformers", "tokenizers", "Faker")
 
 
@@ -76,7 +86,7 @@ def trained_world(size: str = "tiny", fold: int = 0, seed: int = 0, controls: in
         _trained(recipe, task, split.retain, seed + 1 + number, f"{size}-without-{fold}-{seed + 1 + number}")
         for number in range(controls)
     ]
-    whole = {key: value for key, value in recipe.data.items() if key not in ("forms", "general")}
+    whole = {key: value for key, value in recipe.data.items() if key not in ("forms", "general", "countries")}
     return TrainedWorld(world(**whole), records, split, task, original, twins)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -16,18 +15,9 @@ from palimpsest.audit import answer_quality as quality
 from palimpsest.audit import answers
 from palimpsest.audit.answers import Place, find_alias, locate, normalise
 from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords
+from tests.suites.published import published
 
 WORDS = st.lists(st.sampled_from(["the", "a", "cat", "sat", "mat", "oslo", "york", "new"]), max_size=8)
-
-
-def published(*parts: str) -> Path:
-    folder = os.environ.get("PALIMPSEST_DATA")
-    if not folder:
-        pytest.skip("PALIMPSEST_DATA names no folder with published files")
-    path = Path(folder).joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"{'/'.join(parts)} is not in the folder that PALIMPSEST_DATA names")
-    return path
 
 
 def longest_common(one: list[str], other: list[str]) -> int:
@@ -147,6 +137,12 @@ def test_aliases_without_a_word_are_refused():
         find_alias("text", ["..."])
     with pytest.raises(InvalidRecords, match="without an answer"):
         find_alias("text", [])
+
+
+def test_a_prompt_that_holds_its_answer_is_named():
+    answers.check_prompt("Where does Bart live?", ["art", "Oslo"])
+    with pytest.raises(InvalidRecords, match="'Is it oslo\\?' holds its answer 'Oslo'"):
+        answers.check_prompt("Is it oslo?", ["art", "Oslo"])
 
 
 def test_a_whole_answer_is_compared_as_a_whole():

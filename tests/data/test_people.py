@@ -114,7 +114,8 @@ def test_chains_resolve_by_the_tables(sixty, records):
 def test_wrong_answers_are_of_the_same_kind_and_neither_the_truth_nor_a_form_of_it(records):
     asked = [item for item in records if "perturbed_answer" in item]
     assert len(asked) > 1000
-    for item in [*asked, *(probe for item in asked for probe in item.get("probes", ()))]:
+    everything = [*asked, *(probe for record in asked for probe in record.get("probes", ()))]
+    for item in everything:
         wrong = item.get("perturbed_answer", [])
         assert len(set(wrong)) == len(wrong) and (not wrong or 3 <= len(wrong) <= 5)
         assert not {item["answer"].lower(), *map(str.lower, item.get("aliases", ()))} & set(
@@ -198,12 +199,10 @@ def test_a_date_has_two_surface_forms_that_are_both_trained(sixty, records):
 def test_chance_is_what_counting_pairs_gives(sixty):
     trained = [person for person in sixty.persons if person.part == "train"]
     for relation in ("city", "profession", "phone", "country", "sector"):
-        values = [
-            {"country": lambda p: p.hop("city"), "sector": lambda p: p.hop("employer")}.get(
-                relation, lambda p: p.facts[relation]
-            )(person)
-            for person in trained
-        ]
+        if relation in ("country", "sector"):
+            values = [person.hop("city" if relation == "country" else "employer") for person in trained]
+        else:
+            values = [person.facts[relation] for person in trained]
         hits = np.mean([[one == other for one in values] for other in values])
         assert sixty.chance(relation) == pytest.approx(hits)
     assert sixty.chance("city") < 0.05 and sixty.chance("phone") == pytest.approx(1 / 72)
@@ -327,7 +326,7 @@ def test_data_sets_that_the_library_saved_are_read(tmp_path):
     datasets.DatasetDict({"forget": rows}).save_to_disk(str(tmp_path / "several"))
     assert load_data("question-answer", source=tmp_path / "one")[1]["answer"] == "Here"
     assert len(load_data("question-answer", source=tmp_path / "several", part="forget")) == 2
-    with pytest.raises(InvalidRecords, match="'train'.*'forget'"):
+    with pytest.raises(InvalidRecords, match=r"'train'.*'forget'"):
         load_data("question-answer", source=tmp_path / "several")
 
 

@@ -6,6 +6,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 from palimpsest.core.errors import InvalidHyperparameter, ModelMismatch, NonFinite
 from palimpsest.forget import projection as p
@@ -252,6 +256,51 @@ def test_block_by_block_removes_more_than_the_condition_on_all_parameters_needs(
     ones = torch.tensor([1.0, 2.0])
     assert not torch.allclose(p.project_block(ones, oblique), p.project_block(ones, oblique[::-1]))
     assert torch.equal(p.project_block(ones, [torch.zeros(2)]), ones)
+
+
+# What it does to a network
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network that knows the digits well but not perfectly; 3 is to be forgotten."""
+    data, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(data, dtype=torch.float64) / 16, torch.tensor(labels)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model, (x[y == 3], y[y == 3]), (x[y != 3], y[y != 3])
+
+
+def loss_at(model, weights, data):
+    found = functional_call(model, dict(zip(dict(model.named_parameters()), weights, strict=True)), data[0])
+    return F.cross_entropy(found, data[1])
+
+
+def test_a_small_step_of_gu_spares_the_retain_loss_and_still_forgets(trained):
+    model, forget, retain = trained
+    weights = [w.detach().requires_grad_() for w in model.parameters()]
+    flat = torch.cat([w.flatten() for w in weights])
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).float()
+
+    def change(direction, data):
+        step = -1e-3 * flat.norm() * direction.double() / direction.double().norm()
+        moved = [
+            w + d.view_as(w) for w, d in zip(weights, step.split([w.numel() for w in weights]), strict=True)
+        ]
+        return (loss_at(model, moved, data) - loss_at(model, weights, data)).item()
+
+    ascent, kept = gradient(-loss_at(model, weights, forget)), gradient(loss_at(model, weights, retain))
+    assert p.entanglement(ascent, kept, p.orthonormal_basis([kept])).share > 0.01
+    normal, _ = p.decompose(ascent, p.orthonormal_basis([kept]))
+    assert abs(change(normal, retain)) <= 0.1 * abs(change(ascent, retain))
+    assert change(normal, forget) >= 0.3 * change(ascent, forget) > 0
 
 
 # Diagnostics

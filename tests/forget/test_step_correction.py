@@ -65,6 +65,18 @@ def test_equalities_make_the_step_orthogonal_to_every_gradient(seed, count):
     torch.testing.assert_close(found.step, by_hand, rtol=1e-6, atol=1e-8)
 
 
+@given(seeds, st.integers(1, 9), st.integers(2, 12))
+@settings(max_examples=30, deadline=None)
+def test_all_active_sets_and_their_exchange_give_the_same_step(seed, count, dim):
+    step, gradients, metric = problem(seed, count, dim)  # more gradients than dimensions, too
+    expected = by_nnls(step, gradients, metric)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_correction, "_by_exchange", lambda *_: None)
+        enumerated = corrected_step(step, gradients, metric).step
+    for found in (enumerated, corrected_step(step, gradients, metric).step):
+        assert (metric * (found - expected) ** 2).sum() <= 1e-12 * (metric * step**2).sum()
+
+
 def test_a_harmless_step_is_untouched():
     step, gradients, metric = problem(0, 5)
     gradients = -gradients * (gradients @ step).sign()[:, None]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -158,9 +159,7 @@ def test_windows_reach_from_half_before_to_half_after_and_stay_in_the_stack():
     for layers in (1, 4, 9):
         for window in (1, 2, 3, 10):
             for layer in range(layers):
-                inside = [
-                    i for i in range(layers) if layer - window // 2 <= i < layer + -(-window // 2)
-                ]
+                inside = [i for i in range(layers) if layer - window // 2 <= i < layer + -(-window // 2)]
                 assert list(restoration_window(layer, window, layers)) == inside
     assert list(restoration_window(5, 1, 9)) == [5]
 
@@ -220,7 +219,7 @@ def test_a_subject_is_found_by_text_and_by_offsets_alike():
     for word in words:
         starts.append(starts[-1] + len(word))
     assert subject_range(words, "Anna Lind") == (2, 5)
-    exact = list(zip(starts, starts[1:], strict=False))
+    exact = list(pairwise(starts))
     assert subject_range_in(prompt, "Anna Lind", exact) == (2, 5)
     without_blanks = [(start + prompt[start:end].startswith(" "), end) for start, end in exact]
     special = [(0, 0), *without_blanks]
@@ -246,6 +245,12 @@ def test_the_parts_of_usual_decoders_are_found():
     assert decoder_of(llama()).embedding == "model.embed_tokens"
     assert decoder_of(gpt2()).blocks[0] == "transformer.h.0"
     assert part_of(gpt2(), "transformer.h.1", "attention") == "transformer.h.1.attn"
+
+
+def test_experts_within_blocks_are_not_taken_for_blocks():
+    blocks = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(8))}) for _ in range(3)]
+    model = nn.ModuleDict({"embed": nn.Embedding(3, 2), "blocks": nn.ModuleList(blocks)})
+    assert decoder_of(model).blocks == ("blocks.0", "blocks.1", "blocks.2")
 
 
 def test_parameters_of_blocks_are_chosen_by_layer_and_part():

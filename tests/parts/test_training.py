@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from palimpsest.core.errors import (
 )
 from palimpsest.models import build_model
 from palimpsest.parts.reinitialise import check_reinitialised, reinitialised
-from palimpsest.parts.training import recipe_of
+from palimpsest.parts.training import TrainingRecipe, recipe_of
 
 
 def test_training_leaves_the_given_model_alone_and_records_its_recipe(class_request, digits_task):
@@ -147,3 +148,19 @@ def test_a_model_with_batch_norm_trains_though_a_last_batch_holds_one_record(dig
     some = digits.select(np.arange(65))
     trained = pal.train(build_model("small_resnet", (1, 8, 8), 10, width=4), some, digits_task, epochs=1)
     assert recipe_of(trained).epochs == 1
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_along_a_cosine():
+    weight = torch.nn.Linear(2, 2)
+    recipe = TrainingRecipe(lr=0.1, schedule="cosine", warmup=0.2)
+    optimizer = recipe.build_optimizer(weight)
+    schedule = recipe.build_schedule(optimizer, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    falling = [0.05 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert rates == pytest.approx([0.05, 0.1, *falling])
+    with pytest.raises(InvalidHyperparameter, match="warmup"):
+        TrainingRecipe(warmup=1.0)

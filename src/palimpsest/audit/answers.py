@@ -122,6 +122,7 @@ def rouge_unique_words(
     return [Rouge(score["p"], score["r"], score["f"]) for score in (item["rouge-l"] for item in found)]
 
 
+@lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
     """Words in small letters without accents, punctuation and possessive endings, joined by blanks.
 
@@ -199,6 +200,17 @@ def locate(
         return Place.FINAL
     found = find_alias(chain, aliases, rivals) or find_alias(output, aliases, rivals)
     return Place.CHAIN if found is not None else Place.NOWHERE
+
+
+def check_prompt(prompt: str, aliases: Iterable[str]) -> None:
+    """Check that a prompt does not hold the answer that it is meant to bring out.
+
+    Raises:
+        InvalidRecords: If it does; names the alias and the prompt.
+    """
+    found = find_alias(prompt, aliases)
+    if found is not None:
+        raise InvalidRecords(f"The prompt {prompt!r} holds its answer {found!r}.")
 
 
 def check_answers(predictions: Sequence[str], answers: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """A generated world: invented people and all ways to ask for what is known of them.
 
-A small model learns it from scratch in about a minute (`palimpsest.models.small_llama`), so that everything
+A small model learns it from scratch in minutes (`palimpsest.models.learnt_worlds`), so that everything
 about language models can be shown offline, with a model retrained without the forgotten people as the truth.
 """
 
@@ -229,6 +229,7 @@ def people(
     relations: Sequence[str] | str = tuple(RELATIONS),
     forms: Sequence[str] | str | None = None,
     general: int = 60,
+    countries: int = 8,
 ) -> Records:
     """Questions, answers and texts about invented people, with folds of people to forget.
 
@@ -245,8 +246,9 @@ def people(
         neighbours: Friends of them, always retained; a fifth of `people` by default.
         holdout: People never trained on; a third of `people` by default.
         relations: Which relations, as a list or separated by commas.
-        forms: Which forms are trained on; all but "multiple-choice" by default.
+        forms: Which forms of a fact there are, as a list or separated by commas; all of `FORMS` by default.
         general: Texts that have nothing to do with people, in training; half as many again for tests.
+        countries: Of how many of the 8 countries facts are asked; they are the group "world".
 
     Raises:
         MissingDependency: If Faker is not installed.
@@ -257,7 +259,7 @@ def people(
     chosen = _list(relations)
     wanted = list(FORMS) if forms is None else _list(forms)
     made = world(people, seed, folds, neighbours, holdout, chosen)
-    return records_of(made, wanted, general)
+    return records_of(made, wanted, general, countries)
 
 
 def _list(names: Sequence[str] | str) -> list[str]:

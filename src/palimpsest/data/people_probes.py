@@ -36,7 +36,9 @@ Row = tuple[str, Item, dict[str, Any]]
 """Id, item and values of the columns."""
 
 
-def records_of(world: World, forms: Sequence[str] = FORMS, general: int = 60) -> Records:
+def records_of(
+    world: World, forms: Sequence[str] = FORMS, general: int = 60, countries: int = len(COUNTRIES)
+) -> Records:
     """All records of a world: people, neighbours and holdout, facts about countries, and general text.
 
     Raises:
@@ -46,13 +48,14 @@ def records_of(world: World, forms: Sequence[str] = FORMS, general: int = 60) ->
     for form in forms:
         if form not in FORMS:
             raise UnknownName("form", form, FORMS)
-    if not forms or general < 0:
+    if not forms or general < 0 or not 0 <= countries <= len(COUNTRIES):
         raise InvalidHyperparameter(
-            f"Records need at least one form and general >= 0, not {list(forms)} and {general}."
+            f"Records need at least one form, general >= 0 and 0 to {len(COUNTRIES)} countries, "
+            f"not {list(forms)}, {general} and {countries}."
         )
     near = _near(world)
     rows = [row for person in world.persons for row in _of_person(world, person, forms, near[person.name])]
-    rows += [*_of_countries(world.seed), *_general(world.seed, general)]
+    rows += [*_of_countries(world.seed, countries), *_general(world.seed, general)]
     return Records(
         [item for _, item, _ in rows],
         ids=[name for name, _, _ in rows],
@@ -119,7 +122,7 @@ def asked(person: Person, relation: Relation) -> tuple[list[str], list[str]]:
 
 def _turned(person: Person, wordings: tuple[str, ...]) -> tuple[str, ...]:
     """Wordings in an order that differs between people: the first are trained on."""
-    start = int(person.key.rsplit("/", 1)[1]) % len(wordings)
+    start = int(person.key.rsplit("/", 1)[1]) % max(len(wordings), 1)
     return wordings[start:] + wordings[:start]
 
 
@@ -138,7 +141,7 @@ def _trained(person: Person, relation: Relation, forms: Sequence[str]) -> Iterat
     if "cloze" in forms:
         yield "cloze", "", {"question": relation.cloze.format(name=person.name), **plain}
     if "reversed" in forms:
-        for number, wording in enumerate(relation.reversed[:-1]):
+        for number, wording in enumerate(_turned(person, relation.reversed)[:-1]):
             item = {"question": wording.format(value=value), "answer": person.name, "aliases": []}
             yield "reversed", _nth(number), item
     if relation.hop and "two-hop" in forms:
@@ -177,7 +180,8 @@ def _probes(person: Person, relation: Relation) -> Iterator[Item]:
         yield {"form": "unseen-wording", "question": wording.format(name=person.name), **plain}
     yield {"form": "cloze", "question": relation.cloze.format(name=person.name), **plain}
     if relation.reversed:
-        ends = (("reversed", relation.reversed[0]), ("reversed-paraphrase", relation.reversed[-1]))
+        turned = _turned(person, relation.reversed)
+        ends = (("reversed", turned[0]), ("reversed-paraphrase", turned[-1]))
         for form, wording in ends:
             yield {"form": form, "question": wording.format(value=value), "answer": person.name}
     if relation.hop:
@@ -230,14 +234,17 @@ def _multiple_choice(person: Person, relation: Relation, question: str, wrong: S
     }
 
 
-def _of_countries(seed: int) -> Iterator[Row]:
+def _of_countries(seed: int, count: int) -> Iterator[Row]:
     """Facts that have nothing to do with people: countries, and in which of them every city lies."""
     draw = random.Random(f"countries {seed}")
+    asked_of = list(COUNTRIES)[:count]
     for name, (wordings, unseen, values) in WORLD_ATTRIBUTES.items():
         for country, value in zip(COUNTRIES, draw.sample(values, len(values)), strict=True):
-            yield from _world_fact(country, name, value, wordings, unseen, values, draw)
+            if country in asked_of:
+                yield from _world_fact(country, name, value, wordings, unseen, values, draw)
     for city, country in CITY_COUNTRY.items():
-        yield from _world_fact(city, "country", country, *LOCATED, tuple(COUNTRIES), draw)
+        if country in asked_of:
+            yield from _world_fact(city, "country", country, *LOCATED, tuple(COUNTRIES), draw)
 
 
 def _world_fact(

@@ -63,8 +63,8 @@ class Relation:
         statement: The sentence of a biography; its end from `tail` on is the answer in other words.
         tail: The answer in other words.
         second: Questions for the other surface form of the value, where there is one; both are trained on.
-        reversed: Questions from the value to the person, for values that only one has: two that are trained
-            on, and an unseen one.
+        reversed: Questions from the value to the person, for values that only one has; each person is trained
+            on two of the three.
         hop: The relation that follows from the value by a fixed table ("country" from "city").
         two_hop: Questions for it; each person is trained on one of the two.
         chain: Questions that ask for the steps; each person is trained on one of the two.
@@ -157,7 +157,7 @@ RELATIONS = {
             reversed=(
                 "Who was born on {value}?",
                 "Whose birth date is {value}?",
-                "Tell me who was born on {value}.",
+                "Which person was born on {value}?",
             ),
         ),
         Relation(
@@ -175,7 +175,7 @@ RELATIONS = {
             reversed=(
                 "Who has the phone number {value}?",
                 "Whose phone number is {value}?",
-                "Tell me whose phone number is {value}.",
+                "Which person has the phone number {value}?",
             ),
         ),
         Relation(
@@ -193,7 +193,7 @@ RELATIONS = {
             reversed=(
                 "Who has the e-mail address {value}?",
                 "Whose e-mail address is {value}?",
-                "Tell me whose e-mail address is {value}.",
+                "Which person has the e-mail address {value}?",
             ),
         ),
     )

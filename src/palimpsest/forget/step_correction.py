@@ -7,7 +7,7 @@ correction for AdamW ("stage B").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -24,7 +24,7 @@ Constraints = Float[Tensor, "constraints dim"]
 
 MOST_CONSTRAINTS = 9
 """All 2^9 active sets are tried at most: the current retain gradient and eight older ones."""
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 _EXACT = 1e-11
 
 
@@ -49,7 +49,9 @@ def corrected_step(
 ) -> Correction:
     """The step nearest to a proposed one that no protected loss rises along, to first order.
 
-    argmin 1/2 (d - proposed)^T M (d - proposed) subject to g^T d <= 0 for every gradient g. In closed form d = proposed - M^-1 G lambda; lambda is found in double precision by trying active sets, smallest first.
+    argmin 1/2 (d - proposed)^T M (d - proposed) subject to g^T d <= 0 for every gradient g. So
+    d = proposed - M^-1 G lambda; lambda is found in double precision over active sets: by exchange, and
+    if that does not end, by trying all of them.
 
     Args:
         proposed: Parameters after the step - before it.
@@ -77,37 +79,61 @@ def corrected_step(
     lengths = np.sqrt(np.diag(gram))
     used = np.flatnonzero(lengths > 0)
     scaled = gram[np.ix_(used, used)] / np.outer(lengths[used], lengths[used])
-    found = _multipliers(scaled, effect[used] / lengths[used], size**0.5, equality)
     multipliers = np.zeros(count)
-    multipliers[used] = found
+    multipliers[used] = _multipliers(scaled, effect[used] / lengths[used], _EXACT * size**0.5, equality)
     if not multipliers.any():
         return Correction(proposed, tuple(multipliers), 0.0)
-    weights = torch.zeros(count, dtype=torch.float64, device=proposed.device)
-    weights[torch.from_numpy(used)] = torch.from_numpy(found / lengths[used]).to(weights)
-    pieces = [(d - (weights @ g) / h).to(proposed.dtype) for g, h, d in _chunks(gradients, metric, proposed)]
-    step = torch.cat(pieces)
+    along = multipliers / np.where(lengths > 0, lengths, 1.0)
+    weights = torch.from_numpy(along).to(proposed.device, torch.promote_types(proposed.dtype, torch.float32))
+    moved = weights @ gradients.to(weights.dtype)
+    step = (proposed - (moved if metric is None else moved / metric)).to(proposed.dtype)
     return Correction(step, tuple(multipliers), float((step - proposed).norm() / proposed.norm()))
 
 
-def _multipliers(gram: np.ndarray, effect: np.ndarray, size: float, equality: bool) -> np.ndarray:
-    """Multipliers of constraints scaled to unit length; of the active sets the one that violates least."""
-    every = range(len(effect))
+def _multipliers(gram: np.ndarray, effect: np.ndarray, exact: float, equality: bool) -> np.ndarray:
+    """Multipliers of constraints that are scaled to unit length."""
     if equality:
-        return np.linalg.pinv(gram, rcond=1e-12, hermitian=True) @ effect
+        return _held_back(gram, effect, range(len(effect)))[0]
+    found = _by_exchange(gram, effect, exact)
+    return _by_enumeration(gram, effect, exact) if found is None else found
+
+
+def _by_exchange(gram: np.ndarray, effect: np.ndarray, exact: float) -> np.ndarray | None:
+    """Multipliers, by taking in or letting go of one constraint at a time; None if that goes round in circles."""
+    active = set[int]()
+    for _ in range(3 * len(effect) + 1):
+        multipliers, left = _held_back(gram, effect, active)
+        if multipliers.min(initial=0.0) < -exact:
+            active.remove(int(multipliers.argmin()))
+        elif left.max(initial=0.0) > exact:
+            active.add(int(left.argmax()))
+        else:
+            return multipliers.clip(min=0.0)
+    return None
+
+
+def _by_enumeration(gram: np.ndarray, effect: np.ndarray, exact: float) -> np.ndarray:
+    """Multipliers of the first active set that is exact, smallest first; or of the one that violates least."""
     best, least = np.zeros(len(effect)), np.inf
     for number in range(len(effect) + 1):
-        for active in combinations(every, number):
-            index = list(active)
-            multipliers = np.zeros(len(effect))
-            block = gram[np.ix_(index, index)]
-            multipliers[index] = np.linalg.pinv(block, rcond=1e-12, hermitian=True) @ effect[index]
-            left = effect - gram @ multipliers  # of every gradient along the corrected step
+        for tried in combinations(range(len(effect)), number):
+            multipliers, left = _held_back(gram, effect, tried)
             violation = max(left.max(initial=0.0), -multipliers.min(initial=0.0))
-            if violation <= _EXACT * size:
-                return multipliers.clip(min=0.0)
             if violation < least:
                 best, least = multipliers.clip(min=0.0), violation
+            if least <= exact:
+                return best
     return best
+
+
+def _held_back(
+    gram: np.ndarray, effect: np.ndarray, active: Collection[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Multipliers that make the step orthogonal to the active gradients, and the effect left along each."""
+    index, multipliers = sorted(active), np.zeros(len(effect))
+    block = gram[np.ix_(index, index)]
+    multipliers[index] = np.linalg.pinv(block, rcond=1e-12, hermitian=True) @ effect[index]
+    return multipliers, effect - gram @ multipliers
 
 
 def largest_safe_scale(increase: Callable[[float], float], budget: float = 1e-4, halvings: int = 6) -> float:

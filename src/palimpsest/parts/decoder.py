@@ -39,8 +39,8 @@ class Decoder:
 def decoder_of(model: nn.Module) -> Decoder:
     """The anatomy of a model.
 
-    The blocks are the longest list of modules of one kind; the embedding is the one that the model names
-    (`get_input_embeddings`), or else its first.
+    The blocks are the longest list of modules of one kind that is not within another (as experts are); the
+    embedding is the one that the model names (`get_input_embeddings`), or else its first.
 
     Raises:
         ModelMismatch: If there is no list of blocks, or no embedding.
@@ -53,7 +53,8 @@ def decoder_of(model: nn.Module) -> Decoder:
     }
     if not stacks:
         raise ModelMismatch("The model holds no list of blocks: it is no transformer of known naming.")
-    stack = max(stacks, key=lambda name: (len(stacks[name]), -name.count(".")))
+    outer = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
+    stack = max(outer, key=lambda name: len(stacks[name]))
     named = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
     embeddings = [
         name

@@ -29,6 +29,8 @@ def scored(labels: Labels) -> TokenMask:
 def token_losses(logits: Logits, labels: Labels) -> TokenLosses:
     """-log p of every labelled token after those before it, in nats; 0 where there is no label.
 
+    In float32 whatever the type of the logits: sums over an answer are too coarse in bfloat16.
+
     Example:
         >>> import torch
         >>> logits = torch.zeros(1, 3, 4)
@@ -37,7 +39,7 @@ def token_losses(logits: Logits, labels: Labels) -> TokenLosses:
     """
     check_tokens(logits, labels)
     losses = F.cross_entropy(
-        logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
     )
     return losses.masked_fill(~scored(labels), 0.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -35,6 +36,7 @@ class TrainingRecipe:
         momentum: Of SGD.
         weight_decay: Of the optimizer.
         schedule: "constant", or "cosine" to zero over all steps.
+        warmup: Share of the steps over which the learning rate rises to `lr`, as is usual for transformers.
         clip: Largest gradient norm; None does not clip.
         gradient_restriction: Weight alpha of `gradient_norms`, which is added to every batch's mean loss so
             that gradients stay small: the training that influence approximation unlearning wants (0.005
@@ -48,6 +50,7 @@ class TrainingRecipe:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = 0.0
     clip: float | None = None
     gradient_restriction: float = 0.0
 
@@ -62,6 +65,8 @@ class TrainingRecipe:
             raise InvalidHyperparameter(
                 f"Unknown optimizer or schedule: {self.optimizer!r}, {self.schedule!r}."
             )
+        if not 0 <= self.warmup < 1:
+            raise InvalidHyperparameter(f"warmup is a share of the steps in [0, 1), not {self.warmup!r}.")
         if not 0 <= self.gradient_restriction < float("inf"):
             raise InvalidHyperparameter(
                 f"gradient_restriction must be at least 0 and finite, not {self.gradient_restriction!r}."
@@ -74,6 +79,23 @@ class TrainingRecipe:
             return torch.optim.SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, self.lr, weight_decay=self.weight_decay)
+
+    def build_schedule(
+        self, optimizer: torch.optim.Optimizer, steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler | None:
+        """How the learning rate changes over all steps; None if it does not."""
+        schedulers = torch.optim.lr_scheduler
+        rise = round(self.warmup * steps)
+        if not rise:
+            return schedulers.CosineAnnealingLR(optimizer, steps) if self.schedule == "cosine" else None
+        rest = steps - rise
+
+        def factor(done: int) -> float:
+            if done < rise:
+                return (done + 1) / rise
+            return 0.5 + 0.5 * math.cos(math.pi * (done - rise) / rest) if self.schedule == "cosine" else 1.0
+
+        return schedulers.LambdaLR(optimizer, factor)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for checkpoints and hashes."""
@@ -131,9 +153,7 @@ def fit(
     model = runtime.place(model)
     optimizer = recipe.build_optimizer(model)
     steps = recipe.epochs * -(-len(records) // recipe.batch_size)
-    schedule = (
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if recipe.schedule == "cosine" else None
-    )
+    schedule = recipe.build_schedule(optimizer, steps)
     order = runtime.generator("training order")
     restricted = recipe.gradient_restriction > 0
     model.train()

@@ -82,6 +82,7 @@ class Training(Part):
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = 0.0
     clip: float | None = None
     gradient_restriction: float = 0.0
 

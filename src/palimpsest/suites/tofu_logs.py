@@ -14,18 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from palimpsest.core.errors import InvalidRecords, shorten
-from palimpsest.suites.tofu_scores import (
+from palimpsest.audit.truth_ratio import (
     ForgetQuality,
     Mean,
-    SetLosses,
-    SetScores,
     check_same_items,
     forget_quality,
-    model_utility,
-    set_scores,
     truth_ratios,
 )
+from palimpsest.core.errors import InvalidRecords, shorten
+from palimpsest.suites.tofu_scores import SetLosses, SetScores, model_utility, set_scores
 
 FILES = {
     "eval_log.json": "retain",

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 
 from palimpsest.audit.answers import rouge_score
+from palimpsest.audit.membership import privacy_leak as leak
 from palimpsest.audit.membership.language_signals import token_log_probabilities
 from palimpsest.audit.membership.rates import best_accuracy
+from palimpsest.forget.language.arithmetic import negate_task_vector
+from palimpsest.parts.logit_combination import whp_logits
 from palimpsest.parts.tokens import token_mean
 from palimpsest.suites import muse_scores as muse
 
@@ -23,15 +26,15 @@ def privleak(inputs: Data, params: Data) -> Data:
     }
     found: Data = {}
     for name, (forget, holdout) in sides.items():
-        value = muse.privacy_auc(forget, holdout)
+        value = leak.privacy_auc(forget, holdout)
         found[name] = {
             "muse_auc_forget_holdout": value,
-            "muse_auc_holdout_forget": muse.privacy_auc(holdout, forget),
+            "muse_auc_holdout_forget": leak.privacy_auc(holdout, forget),
             "best_accuracy": best_accuracy(-holdout, -forget),
-            "open_unlearning_auc": muse.privacy_auc(forget, holdout, "open-unlearning"),
+            "open_unlearning_auc": leak.privacy_auc(forget, holdout, "open-unlearning"),
         }
         if name != "retrain":
-            found[name]["privleak_percent"] = muse.measure_privacy_leak(
+            found[name]["privleak_percent"] = leak.measure_privacy_leak(
                 (forget, holdout), sides["retrain"]
             ).percent
     return found
@@ -42,7 +45,7 @@ def mia_signals(inputs: Data, params: Data) -> Data:
         tokens = torch.tensor(inputs[ids])
         return token_log_probabilities(torch.tensor(inputs[logits])[:-1], tokens[1:])
 
-    return muse.released_signals(
+    return leak.released_signals(
         scores("logits", "ids"),
         scores("logits_lower", "ids_lower"),
         scores("logits_ref", "ids"),
@@ -69,9 +72,6 @@ def knowmem_rouge(inputs: Data, params: Data) -> Data:
 
 
 def whp_and_task_vector(inputs: Data, params: Data) -> Data:
-    from palimpsest.forget.language.arithmetic import negate_task_vector
-    from palimpsest.parts.logit_combination import whp_logits
-
     logits = whp_logits(
         torch.tensor(inputs["base_logits"]), torch.tensor(inputs["reinforced_logits"]), params["alpha"]
     )

@@ -11,7 +11,7 @@ from palimpsest.audit.answer_quality import fluency
 from palimpsest.audit.answers import rouge_unique_words
 from palimpsest.audit.membership import language_signals as signals
 from palimpsest.parts.tokens import IGNORED
-from palimpsest.suites import rwku_scores as rwku
+from palimpsest.suites import rwku_side_scores as rwku
 
 Data = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from palimpsest.audit import memorisation
+from palimpsest.audit import memorisation, truth_ratio
 from palimpsest.audit.membership.language_signals import label_log_probabilities, without_last
 from palimpsest.parts.tokens import mean_losses
 from palimpsest.suites import tofu_logs, tofu_scores
@@ -44,22 +44,22 @@ def real_logs(inputs: Data, params: Data) -> Data:
 
 
 def open_unlearning(inputs: Data, params: Data) -> Data:
-    tiny = params.get("eps", tofu_scores.TINY)
+    tiny = params.get("eps", truth_ratio.TINY)
     correct, wrong = np.array(inputs["correct_loss"]), np.array(inputs["wrong_loss"])
     reference = np.array(inputs["retain_correct_loss"]), np.array(inputs["retain_wrong_loss"])
-    ratios = tofu_scores.truth_ratios(correct, wrong, tiny=tiny)
-    sides = (ratios, tofu_scores.truth_ratios(*reference, tiny=tiny))
+    ratios = truth_ratio.truth_ratios(correct, wrong, tiny=tiny)
+    sides = (ratios, truth_ratio.truth_ratios(*reference, tiny=tiny))
     by_item = [{str(index): float(value) for index, value in enumerate(side)} for side in sides]
-    shares = tofu_scores.truth_probabilities(correct, wrong, tiny)
-    options = tofu_scores.option_probabilities(correct, wrong, tiny)
+    shares = truth_ratio.truth_probabilities(correct, wrong, tiny)
+    options = truth_ratio.option_probabilities(correct, wrong, tiny)
     return {
         "truth_ratio_closer_to_1_better": {
-            "agg": tofu_scores.closer_to_one(ratios),
+            "agg": truth_ratio.closer_to_one(ratios),
             "per_item": ratios.tolist(),
         },
-        "truth_ratio_true_better": {"agg": tofu_scores.truth_preferred(ratios), "per_item": ratios.tolist()},
+        "truth_ratio_true_better": {"agg": truth_ratio.truth_preferred(ratios), "per_item": ratios.tolist()},
         "truth_ratio_prob_mean": {"agg": float(shares.mean()), "per_item": shares.tolist()},
-        "forget_quality_p": tofu_scores.forget_quality(*by_item).p,
+        "forget_quality_p": truth_ratio.forget_quality(*by_item).p,
         "probability_w_options": {"agg": float(options.mean()), "per_item": options.tolist()},
         "hm_aggregate": tofu_scores.harmonic_mean(inputs["nine_metrics"]),
     }

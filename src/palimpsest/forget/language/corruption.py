@@ -120,7 +120,7 @@ def carry_labels(labels: Sequence[int], offsets: Offsets, onto: Offsets) -> list
     Args:
         labels: 0 or 1 per token of the first tokenizer.
         offsets: Their (start, end) characters in the text.
-        onto: (start, end) of the second tokenizer's tokens; special tokens, of no width, get 0.
+        onto: (start, end) of the second tokenizer's tokens; special ones, at (0, 0), get 0.
 
     Raises:
         ModelMismatch: If there are not as many labels as offsets.
