@@ -243,9 +243,9 @@ class ForbiddenPhrases:
     def _state(self, machine: PhraseMachine, written: tuple[int, ...]) -> int:
         key = (id(machine), written)
         if key not in self._known:
-            before = self._known.get((id(machine), written[:-1]))
-            known = written and before is not None
-            self._known[key] = machine.step(before, written[-1]) if known else machine.run(written)
+            before = self._known.get((id(machine), written[:-1])) if written else None
+            state = machine.run(written) if before is None else machine.step(before, written[-1])
+            self._known[key] = state
         return self._known[key]
 
 

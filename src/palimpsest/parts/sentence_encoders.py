@@ -72,7 +72,7 @@ class CachedEncoder:
             raise ModelMismatch("The sentence encoder gave NaN or Inf.")
         self._width = vectors.shape[1]
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors / np.where(lengths > 0, lengths, 1)
+        return vectors / np.where(lengths > 0, lengths, 1).astype(np.float32)
 
 
 def surface_encoder(texts: Sequence[str]) -> Encoder:
@@ -95,9 +95,7 @@ def surface_encoder(texts: Sequence[str]) -> Encoder:
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(
-        analyzer="char_wb", ngram_range=(1, 4), preprocessor=numbers_read, dtype=np.float32
-    )
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), preprocessor=numbers_read)
     try:
         vectorizer.fit(texts)
     except ValueError as problem:

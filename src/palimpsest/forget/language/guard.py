@@ -177,7 +177,7 @@ class Guard:
             )
             for prompts in (forget, retain)
         ]
-        classifier = train_classifier(*states, [one.record for one in retain], settings, runtime)
+        classifier = train_classifier(states[0], states[1], settings, runtime)
         return GuardedModel(inner, reader, classifier, store, self)
 
     def _encoder(self, texts: Sequence[str], model: nn.Module, task: Language) -> CachedEncoder:

@@ -43,7 +43,7 @@ class ClassifierSettings:
     hidden: int = 64
     epochs: int = 200
     lr: float = 5e-3
-    weight_decay: float = 1e-2
+    weight_decay: float = 1.0
     threshold: float | None = None
     false_positives: float = 0.01
     validation: float = 0.2
@@ -148,19 +148,19 @@ def pooled_states(
 def train_classifier(
     forget: Float[Tensor, "forget dim"],
     retain: Float[Tensor, "retain dim"],
-    owners: Sequence[int],
     settings: ClassifierSettings,
     runtime: Runtime,
 ) -> PromptClassifier:
     """A classifier of pooled states: cross entropy with classes weighed alike.
 
-    Some of the retain prompts are kept from training, all wordings of a record together. The threshold is the
-    smallest from 0.5 on under which at most `false_positives` of them count as forget prompts.
+    Some of the retain prompts are kept from training. The threshold is the smallest from 0.5 on under which at
+    most `false_positives` of them count as forget prompts. Prompts are kept back one by one, so other wordings of
+    them may be trained on: with whole records kept back the threshold would have to reach over questions that
+    name a value nobody has heard of ("Who has the phone number ...?"), and most forget prompts fell below it.
 
     Args:
         forget: Of prompts about what is to be forgotten.
         retain: Of others.
-        owners: Number of the record of every retain prompt.
         settings: How to train.
         runtime: Random numbers.
 
@@ -171,11 +171,11 @@ def train_classifier(
         raise InvalidRecords(
             f"A classifier needs prompts of both classes, not {len(forget)} to forget and {len(retain)} to retain."
         )
-    validated = _kept_back(owners, settings.validation, runtime).to(retain.device)
+    validated = _kept_back(len(retain), settings.validation, runtime).to(retain.device)
     fitted = retain[~validated]
     if not len(fitted) or not bool(validated.any()):
         raise InvalidRecords(
-            f"{len(set(owners))} retained records are too few to train the classifier and choose its threshold: "
+            f"{len(retain)} retained prompts are too few to train the classifier and choose its threshold: "
             "give more of them."
         )
     states = torch.cat([forget, fitted])
@@ -211,10 +211,9 @@ def threshold_for(probabilities: Float[Tensor, " retain"], false_positives: floa
     return max(0.5, float(ordered[allowed])) if allowed < len(ordered) else 0.5
 
 
-def _kept_back(owners: Sequence[int], share: float, runtime: Runtime) -> Bool[Tensor, " prompts"]:
-    """Prompts of a random share of the records, at least one of them where there are two."""
-    distinct = sorted(set(owners))
-    order = torch.randperm(len(distinct), generator=runtime.generator("guard", "validation"))
-    count = min(max(round(share * len(distinct)), 1), len(distinct) - 1)
-    kept = {distinct[int(at)] for at in order[:count]}
-    return torch.tensor([owner in kept for owner in owners], dtype=torch.bool)
+def _kept_back(size: int, share: float, runtime: Runtime) -> Bool[Tensor, " prompts"]:
+    """A random share of the prompts, at least one of them where there are two."""
+    kept = torch.zeros(size, dtype=torch.bool)
+    order = torch.randperm(size, generator=runtime.generator("guard", "validation"))
+    kept[order[: min(max(round(share * size), 1), size - 1)]] = True
+    return kept

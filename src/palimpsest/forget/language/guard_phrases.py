@@ -12,10 +12,11 @@ from collections.abc import Collection, Iterable
 from palimpsest.parts.answer_words import QUOTES
 from palimpsest.parts.answer_words import STOP_WORDS as TELLING_NOTHING
 
-STOP_WORDS = TELLING_NOTHING | frozenset(
-    """i you we they them him its their my your our me us there here about into than then so if but very
-    because while after before during also any all each other such only own same too just now""".split()
-)
+_ALSO_SILENT = """
+    i you we they them him its their my your our me us there here about into than then so if but very
+    because while after before during also any all each other such only own same too just now
+"""
+STOP_WORDS = TELLING_NOTHING | frozenset(_ALSO_SILENT.split())
 """Words that are no answer by themselves."""
 
 _MONTH = "|".join([*calendar.month_name[1:], *calendar.month_abbr[1:]])
