@@ -550,14 +550,13 @@ def test_a_second_moment_for_some_parameters_only_is_refused():
         update.finish()
 
 
-def test_sharded_parameters_are_refused():
+def test_sharded_parameters_are_refused(tmp_path):
     """A real tensor over a mesh of one process."""
     from torch import distributed
-    from torch.distributed.distributed_c10d import HashStore
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         shared = [nn.Parameter(distribute_tensor(torch.ones(4), mesh))]
