@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-
 from tests.forget.distributed_unlearning import unlearned
 
 ROOT = Path(__file__).parents[2]

@@ -16,12 +16,14 @@ class NotingCache(DynamicCache):
     Attributes:
         beside: Caches of further models that read the same rows, by name.
         notes: Tensors with one entry per row, [rows, ...], by name.
+        width: Tokens of a row, padding included, that the first call was given.
     """
 
     def __init__(self, config: Any = None):
         super().__init__(config=config)
         self.beside: dict[str, DynamicCache] = {}
         self.notes: dict[str, Tensor] = {}
+        self.width = 0
 
     def cache_beside(self, name: str, config: Any = None) -> DynamicCache:
         """The cache of a further model, begun when it is first asked for."""
@@ -31,9 +33,9 @@ class NotingCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order, or some of them twice."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
         for cache in self.beside.values():
-            cache.reorder_cache(beam_idx)
+            cache.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
         self._choose(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -49,6 +51,12 @@ class NotingCache(DynamicCache):
         for cache in self.beside.values():
             cache.batch_repeat_interleave(repeats)
         self.notes = {name: note.repeat_interleave(repeats, dim=0) for name, note in self.notes.items()}
+
+    def crop(self, *arguments: Any, **settings: Any) -> None:
+        """Without the last tokens."""
+        super().crop(*arguments, **settings)
+        for cache in self.beside.values():
+            cache.crop(*arguments, **settings)
 
     def _choose(self, rows: Tensor) -> None:
         self.notes = {name: note.index_select(0, rows.to(note.device)) for name, note in self.notes.items()}
