@@ -21,7 +21,6 @@ from palimpsest.core.errors import (
     ModelMismatch,
     UnknownName,
 )
-from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.forget.language.guard import Guard
@@ -159,7 +158,7 @@ def test_scores_are_the_models_renormalised_after_the_penalties(learnt, guarded,
     for at in range(start, len(ids)):
         row = logits[at - 1].clone()
         for token in range(len(row)):
-            written = ids[start:at] + [token]
+            written = [*ids[start:at], token]
             if machine.complete[machine.run(written)]:
                 row[token] -= guarded.settings.scoring_penalty
             else:
