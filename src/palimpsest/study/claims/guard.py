@@ -132,7 +132,9 @@ def same_answers(setting: Setting) -> float:
 def weights_changed(setting: Setting) -> float:
     """Number of tensors inside the guard that differ from the original's in any bit."""
     inner = _guard(setting).inner.state_dict()
-    return float(sum(not torch.equal(inner[name], own) for name, own in setting.original.state_dict().items()))
+    return float(
+        sum(not torch.equal(inner[name], own) for name, own in setting.original.state_dict().items())
+    )
 
 
 def _unseen(records: Records) -> list[dict[str, Any]]:
@@ -213,7 +215,9 @@ def _plain_restricted(setting: Setting) -> list[dict[str, Any]]:
 
 
 def _fluency(items: Sequence[dict[str, Any]], texts: Sequence[str]) -> float:
-    return _share([bool(SHAPES[item["relation"]].fullmatch(text)) for item, text in zip(items, texts, strict=True)])
+    return _share(
+        [bool(SHAPES[item["relation"]].fullmatch(text)) for item, text in zip(items, texts, strict=True)]
+    )
 
 
 @measurement("guard.slowdown")
