@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 
 import palimpsest as pal
-from palimpsest.forget.language.guard import Guard, GuardedModel
+from palimpsest.forget.language.guard import Guard
+from palimpsest.forget.language.guarded_model import GuardedModel
 from palimpsest.models.learnt_worlds import LEARNT_WORLDS
 from palimpsest.parts.beam_search import Search, beam_search
 

@@ -15,8 +15,9 @@ from torch import nn
 from palimpsest.core.errors import InvalidRecords
 from palimpsest.core.records import Records
 from palimpsest.forget import forget
-from palimpsest.forget.language.guard import Guard, GuardedModel
+from palimpsest.forget.language.guard import Guard
 from palimpsest.forget.language.guard_phrases import plain
+from palimpsest.forget.language.guarded_model import GuardedModel
 from palimpsest.parts.beam_search import Search, beam_search
 from palimpsest.parts.constrained import ForbiddenPhrases
 from palimpsest.study.claims.answering import NEW_TOKENS, greedy, language, plainly_asked, retained
