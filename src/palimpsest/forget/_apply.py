@@ -54,11 +54,11 @@ def forget(
     require(unlearner.card.name, unlearner.card.needs, needs_met(model, split, unlearner, task))
     check_finite(model)
     task.check(runtime.place(model), split.forget, labels=Need.FORGET_LABELS in card.needs)
-    if split.retain is not None:
+    if split.retain is not None and Need.RETAIN_DATA in card.needs:  # what a method does not need is not read
         task.check(model, split.retain, labels=Need.RETAIN_LABELS in card.needs)
-    check_split = getattr(task, "check_split", None)
-    if check_split is not None:
-        check_split(split)
+        check_split = getattr(task, "check_split", None)
+        if check_split is not None:
+            check_split(split)
     recipe = recipe_of(model)
     unlearned = unlearner.unlearn(model, split, task, runtime)
     for name, tensor in unlearned.state_dict().items():
@@ -94,7 +94,8 @@ def needs_met(
         have.add(Need.FORGET_LABELS)
     if split.retain is not None:
         have.add(Need.RETAIN_DATA)
-        if split.retain.has_field("label") or split.retain.has_column("label"):
+        read = unlearner is None or Need.RETAIN_LABELS in unlearner.card.needs
+        if read and (split.retain.has_field("label") or split.retain.has_column("label")):
             have.add(Need.RETAIN_LABELS)
     if getattr(task, "labelled", False):
         have |= {Need.FORGET_LABELS} | ({Need.RETAIN_LABELS} if split.retain is not None else set())

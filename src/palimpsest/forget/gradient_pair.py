@@ -82,7 +82,7 @@ class GradientPair:
         self._begin()
 
     def _begin(self) -> None:
-        self._forget = torch.zeros(sum(self.sizes), device=self.parameters[0].device)
+        self._forget = torch.zeros(sum(self.sizes), device=self.parameters[0].device, dtype=torch.float32)
         self._retain = torch.zeros_like(self._forget)
         self._alpha: float | None = None
         self._row = {"forget_loss": 0.0, "retain_loss": 0.0, "protected_loss": 0.0}
@@ -150,9 +150,10 @@ class GradientPair:
         return {**pair.row, "skipped": 1.0, "projections": 0.0}
 
     def position(self) -> Vector:
-        """A copy of the parameters, flat, in single precision."""
-        home = self.parameters[0].device
-        return torch.cat([p.detach().flatten().to(home, torch.float32) for p in self.parameters]).clone()
+        """A copy of the parameters, flat, in single precision or their own if that is higher."""
+        home, kinds = self.parameters[0].device, {parameter.dtype for parameter in self.parameters}
+        precise = torch.float64 if torch.float64 in kinds else torch.float32
+        return torch.cat([p.detach().flatten().to(home, precise, copy=True) for p in self.parameters])
 
     @torch.no_grad()
     def move(self, position: Vector) -> None:

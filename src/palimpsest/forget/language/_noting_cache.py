@@ -52,5 +52,11 @@ class NotingCache(DynamicCache):
             cache.batch_repeat_interleave(repeats)
         self.notes = {name: note.repeat_interleave(repeats, dim=0) for name, note in self.notes.items()}
 
+    def crop(self, *arguments: Any, **settings: Any) -> None:
+        """Without the last tokens."""
+        super().crop(*arguments, **settings)
+        for cache in self.beside.values():
+            cache.crop(*arguments, **settings)
+
     def _choose(self, rows: Tensor) -> None:
         self.notes = {name: note.index_select(0, rows.to(note.device)) for name, note in self.notes.items()}

@@ -39,7 +39,7 @@ LARGEST_ACTIVE_RANK = 8
 
 @rule("gu")
 @dataclass(frozen=True)
-class GeometricDisentanglement:
+class GU:
     """Take out of every forget update what lies in the span of retain gradients.
 
     To first order a step moves the retain loss by its inner product with the retain gradient. So the forget
@@ -149,7 +149,7 @@ class DisentangledUpdate:
         pair: Accumulates both gradients.
     """
 
-    def __init__(self, settings: GeometricDisentanglement, pair: GradientPair):
+    def __init__(self, settings: GU, pair: GradientPair):
         self.settings, self.pair = settings, pair
         self.adaptive = second_moment_used(settings.metric, pair.optimizer)
         self.older: deque[Vector] = deque(maxlen=settings.rank - 1)
@@ -170,7 +170,7 @@ class DisentangledUpdate:
         before, loss = self.pair.position(), retained() if filtered and retained else 0.0
         row["norm"] = self.pair.step(gradient)
         proposed = self.pair.position() - before
-        row["proposed_product"] = float(pair.retain @ proposed)
+        row["proposed_product"] = float(pair.retain @ proposed.to(pair.retain))
         if self.settings.corrects:
             row |= {"corrections": 1.0, "correction_ratio": self._correct(before, proposed, protected)}
         if filtered and retained:
@@ -215,33 +215,36 @@ class DisentangledUpdate:
         """Replace the step by the nearest harmless one, in the metric after it; how far that is."""
         metric, gradients = self.pair.metric() if self.adaptive else None, torch.stack(protected)
         parts = self.pair.slices if self.settings.block == "tensor" else [slice(None)]
-        steps = [
+        found = [
             corrected_step(
                 proposed[part],
                 gradients[:, part],
                 None if metric is None else metric[part],
                 self.settings.equality,
-            ).step
+            )
             for part in parts
         ]
-        step, size = torch.cat(steps), float(proposed.norm())
+        if not any(correction.ratio for correction in found):
+            return 0.0
+        step, size = torch.cat([correction.step for correction in found]), float(proposed.norm())
         self.pair.move(before + step)
         return float((step - proposed).norm()) / size if size else 0.0
 
     def _shorten(self, before: Vector, rise: Callable[[], float]) -> float:
         """The finite-step filter; leaves the parameters at the scale that it gives."""
-        step = self.pair.position() - before
+        after = self.pair.position()
 
         def at(scale: float) -> float:
-            self.pair.move(before + scale * step)
+            self.pair.move(before.lerp(after, scale))
             return rise()
 
         scale = largest_safe_scale(at, self.settings.budget or 0.0)
-        self.pair.move(before + scale * step)
+        self.pair.move(before.lerp(after, scale))
         return scale
 
     def _realised(self, step: Vector, protected: list[Vector]) -> dict[str, float]:
         """What the step that was made does to the protected losses, to first order."""
+        step = step.to(protected[0])
         size = float(step.norm())
         scales = [size * float(gradient.norm()) for gradient in protected]
         products = [float(gradient @ step) for gradient in protected]

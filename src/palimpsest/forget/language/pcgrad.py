@@ -25,7 +25,7 @@ METRICS = ("identity", "adam", "auto")
 
 @rule("pcgrad")
 @dataclass(frozen=True)
-class ConflictProjection:
+class PCGrad:
     """Where forget and retain gradients point against each other, take the conflict out of the first.
 
     The baseline that `gu` is compared with: rank 1, no memory, and a forget gradient that happens to lower the
@@ -64,7 +64,7 @@ class ConflictProjection:
 class ConflictUpdate:
     """Projects at most once per optimizer step, after the last microbatch."""
 
-    def __init__(self, settings: ConflictProjection, pair: GradientPair):
+    def __init__(self, settings: PCGrad, pair: GradientPair):
         self.pair, self.add = pair, pair.add
         self.adaptive = second_moment_used(settings.metric, pair.optimizer)
 
@@ -78,7 +78,7 @@ class ConflictUpdate:
         surgery = pcgrad(forget, retain, eps=torch.finfo(torch.float32).tiny)
         before, sizes = self.pair.position(), float(forget.norm() * retain.norm())
         norm = self.pair.step(unwhiten(surgery.projected + pair.alpha * retain, metric))
-        step = self.pair.position() - before
+        step = (self.pair.position() - before).to(forget)
         product, length = float(pair.retain @ step), float(pair.retain.norm() * step.norm())
         return {
             **pair.row,

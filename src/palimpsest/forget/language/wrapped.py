@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ class Call:
         cache: Of what was read before, with notes; None where nothing is kept.
         further: Other arguments of `forward` (`output_hidden_states`, ...).
         before: Tokens of a row that the cache held when the call came.
+        generating: Whether the next token is about to be chosen, rather than a text scored.
     """
 
     ids: Int[Tensor, "rows tokens"]
@@ -41,6 +43,7 @@ class Call:
     cache: NotingCache | None
     further: dict[str, Any]
     before: int = 0
+    generating: bool = False
 
     @property
     def first(self) -> bool:
@@ -89,6 +92,7 @@ class Wrapped(nn.Module):
         cache: Any = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        generating: bool = False,
         **further: Any,
     ) -> Any:
         """As the inner model's.
@@ -100,6 +104,7 @@ class Wrapped(nn.Module):
             cache: What an earlier call with `use_cache=True` gave.
             past_key_values: The same, under its older name.
             use_cache: Whether to keep what was read.
+            generating: Whether the next token is about to be chosen: `generate` says so.
             **further: Passed on.
 
         Raises:
@@ -114,7 +119,7 @@ class Wrapped(nn.Module):
             )
         further.pop("logits_to_keep", None)
         before = 0 if held is None else int(held.get_seq_length())
-        return self.answer(Call(input_ids, attention_mask, position_ids, held, further, before))
+        return self.answer(Call(input_ids, attention_mask, position_ids, held, further, before, generating))
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **settings: Any) -> Any:
@@ -178,7 +183,7 @@ class Wrapped(nn.Module):
         plain = self.plain
         inner = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # pyright: ignore[reportCallIssue]
         face = copy.copy(inner)
-        face.__dict__["forward"] = _as_if(inner.forward, self.forward)  # pyright: ignore[reportArgumentType]
+        face.__dict__["forward"] = _as_if(inner.forward, partial(self.forward, generating=True))  # pyright: ignore[reportArgumentType]
         return face
 
 
@@ -195,6 +200,8 @@ def ask(model: nn.Module, call: Call, beside: str | None = None) -> Any:
         arguments["attention_mask"] = call.mask
     if call.positions is not None:
         arguments["position_ids"] = call.positions
+    if isinstance(model, Wrapped):
+        arguments["generating"] = call.generating
     if call.cache is not None:
         held = call.cache if beside is None else call.cache.cache_beside(beside, text_config(model))
         arguments |= {cache_argument(model): held, "use_cache": True}
