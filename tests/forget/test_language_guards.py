@@ -12,10 +12,9 @@ from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords, Unknow
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.forget._apply import build_unlearner
-from palimpsest.forget.language.eco import ECO, names_in
+from palimpsest.forget.language.eco import ECO, names_in, probability
 from palimpsest.forget.language.in_context import flipped, unaware_instruction
 from palimpsest.forget.language.prompt_classifier import PromptClassifier
-from palimpsest.models import build_model
 from palimpsest.parts.checkpoint import load_model, save_model
 from palimpsest.tasks import Language
 
@@ -120,14 +119,24 @@ def test_hooks_of_others_stay_where_they_are():
     assert len(hooks) == 1 and len(seen) >= 2
 
 
-def test_the_search_lowers_the_probability_to_its_target():
+def test_the_search_takes_the_steps_of_its_formula_until_the_target_is_met():
     request, task = little_world()
-    model = build_model("small_llama", (), len(task.encoder), width=16, layers=2, heads=2, tied=True, seed=3)
-    settings = ECO(strength=0.1, dims=16, search_lr=5.0, search_eps=0.05, search_steps=3, target=0.0)
-    found = settings.unlearn(model, request, task, Runtime(device="cpu"))
-    assert found.strength >= 0
-    stopped = replace(settings, target=1.0).unlearn(model, request, task, Runtime(device="cpu"))
-    assert stopped.strength == 0.1  # the target is met before any step
+    model, runtime = untrained("llama"), Runtime(device="cpu")
+    settings = ECO(strength=0.5, dims=16, search_lr=20.0, search_eps=0.1, search_steps=2, target=0.0)
+    found = settings.unlearn(model, request, task, runtime)
+    guarded = replace(settings, target=None).unlearn(model, request, task, runtime)
+
+    def score(strength):
+        guarded.strength = strength
+        return probability(guarded, request.forget, task, runtime)
+
+    strength = 0.5
+    for _ in range(2):
+        slope = (score(strength + 0.1) - score(max(strength - 0.1, 1e-8))) / 0.2
+        strength = max(strength - 20.0 * slope, 0.0)
+    assert found.strength == pytest.approx(strength, rel=1e-4) and strength != 0.5
+    met = replace(settings, target=1.0).unlearn(model, request, task, runtime)
+    assert met.strength == 0.5  # no step is taken
 
 
 def test_a_classifier_of_the_users_own_decides_and_is_asked_once_per_question():

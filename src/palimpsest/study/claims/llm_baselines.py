@@ -22,7 +22,7 @@ from palimpsest.tasks.language import Language
 
 LONG = 20
 """Epochs of the claims about collapse."""
-ASCENT_RATE = 1e-4
+ASCENT_RATE = 1e-3
 """Learning rate of ascent and of NPO beside it."""
 RATE = 1e-3
 """Learning rate of everything else."""
