@@ -148,7 +148,7 @@ class HiddenProbe:
 
         def read(role: str) -> Reading:
             def map_of(penalty: float, labels: NDArray[np.int64]) -> Reader:
-                return lambda x, at, rows: logistic(x, labels[at], penalty, rows)
+                return lambda x, at, rows: logistic(x, labels[at], penalty, rows).astype(np.float64)
 
             return self._best(
                 evidence, role, blocks, sides,

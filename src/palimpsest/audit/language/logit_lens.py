@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -88,6 +87,7 @@ def lens(log_p: Float[Tensor, "blocks questions vocabulary"], tokens: Tensor) ->
     """Log-probability of one token per question, and its rank from 1, in every block.
 
     Example:
+        >>> import torch
         >>> log_p, rank = lens(torch.tensor([[[-0.1, -2.4]]]), torch.tensor([1]))
         >>> log_p.round(1).tolist(), rank.tolist()
         ([[-2.4]], [[2.0]])
