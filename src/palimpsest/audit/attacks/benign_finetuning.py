@@ -20,7 +20,7 @@ from palimpsest.core.unlearner import check_range
     cost=Cost.ATTACK,
     parts=("forget", "retain"),
     tasks=("classification", "regression", "language"),
-    budgets={"language": {"steps": 20, "every": 10, "batch_size": 16, "limit": 100}},
+    budgets={"language": {"steps": 20, "every": 10, "batch_size": 16, "limit": 100, "share": 0.25}},
 )
 @dataclass(frozen=True)
 class BenignFinetuning:
@@ -39,6 +39,7 @@ class BenignFinetuning:
         optimizer: "adam" or "sgd", with `lr`; None takes the recipe that the original was trained with.
         lr: Learning rate; None takes the recipe's, or 0.001 where there is none.
         limit: At most this many forget records are measured.
+        share: Of the recipe's learning rate, where that is taken.
     """
 
     steps: int = 40
@@ -47,11 +48,13 @@ class BenignFinetuning:
     optimizer: Literal["adam", "sgd"] | None = None
     lr: float | None = None
     limit: int = 500
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         _ = self.budget
         check_range("batch_size", self.batch_size, 1, float("inf"))
         check_range("limit", self.limit, 1, float("inf"))
+        check_range("share", self.share, 0, 1, open_low=True)
         if self.lr is not None:
             check_range("lr", self.lr, 0, float("inf"), open_low=True)
 
@@ -63,7 +66,9 @@ class BenignFinetuning:
     def run(self, evidence: Evidence) -> Outcome:
         """Forget accuracy at the end and over the steps, gain, and retain accuracy at the end."""
         on = f"{self.batch_size} retained records each"
-        how = Further("benign-finetuning", "benign", on, self.budget, self.optimizer, self.lr, self.limit)
+        how = Further(
+            "benign-finetuning", "benign", on, self.budget, self.optimizer, self.lr, self.limit, self.share
+        )
         return trained_on(evidence, self, self.batches(evidence), how)
 
     def batches(self, evidence: Evidence) -> list[Batch]:

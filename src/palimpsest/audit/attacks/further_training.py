@@ -37,6 +37,7 @@ class Further:
         optimizer: "adam" or "sgd", with `lr`; None takes the recipe that the original was trained with.
         lr: Learning rate; None takes the recipe's, or 0.001 where there is none.
         limit: At most this many forget records are measured.
+        share: Of the recipe's learning rate, where that is taken: its peak was meant for a start with warm-up.
     """
 
     audit: str
@@ -46,6 +47,7 @@ class Further:
     optimizer: Literal["adam", "sgd"] | None
     lr: float | None
     limit: int
+    share: float = 1.0
 
 
 def trained_on(evidence: Evidence, key: object, batches: Sequence[Batch], how: Further) -> Outcome:
@@ -92,7 +94,10 @@ def _optimizer(evidence: Evidence, model: nn.Module, how: Further) -> torch.opti
         return how.budget.optimizer_of(model, how.lr or DEFAULT_RATE)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InvalidAudit("it has no parameters that could be tuned")
-    return recipe.build_optimizer(model)
+    optimizer = recipe.build_optimizer(model)
+    for group in optimizer.param_groups:
+        group["lr"] *= how.share
+    return optimizer
 
 
 def _findings(

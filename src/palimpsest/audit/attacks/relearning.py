@@ -40,7 +40,7 @@ SEED_SPREAD = 0.1
 
 
 BUDGETS = {
-    "language": {"few": 1, "companions": 2, "steps": 20, "every": 5, "repetitions": 2, "batch_size": 32}
+    "language": {"few": 1, "companions": 2, "steps": 10, "every": 5, "repetitions": 2, "batch_size": 32}
 }
 
 

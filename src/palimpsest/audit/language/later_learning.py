@@ -27,7 +27,7 @@ LEARNT = 200
     code="E3",
     cost=Cost.ATTACK,
     tasks=("language",),
-    budgets={"language": {"steps": 40, "every": 10, "batch_size": 16, "limit": 100}},
+    budgets={"language": {"steps": 40, "every": 10, "batch_size": 16, "limit": 100, "share": 0.25}},
 )
 @dataclass(frozen=True)
 class LaterLearning:
@@ -45,6 +45,7 @@ class LaterLearning:
         optimizer: "adam" or "sgd", with `lr`; None takes the recipe that the original was trained with.
         lr: Learning rate; None takes the recipe's, or 0.001 where there is none.
         limit: At most this many forget records are measured.
+        share: Of the recipe's learning rate, where that is taken.
     """
 
     steps: int = 100
@@ -53,11 +54,13 @@ class LaterLearning:
     optimizer: Literal["adam", "sgd"] | None = None
     lr: float | None = None
     limit: int = 500
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         _ = self.budget
         check_range("batch_size", self.batch_size, 1, float("inf"))
         check_range("limit", self.limit, 1, float("inf"))
+        check_range("share", self.share, 0, 1, open_low=True)
         if self.lr is not None:
             check_range("lr", self.lr, 0, float("inf"), open_low=True)
 
@@ -73,7 +76,9 @@ class LaterLearning:
         new = self._new(evidence, random)
         batches = step_batches(evidence, new, self.steps, self.batch_size, random)
         on = "facts about subjects of the holdout" if evidence.has("holdout") else "unrelated texts"
-        how = Further("later-learning", "later", on, self.budget, self.optimizer, self.lr, self.limit)
+        how = Further(
+            "later-learning", "later", on, self.budget, self.optimizer, self.lr, self.limit, self.share
+        )
         outcome = trained_on(evidence, self, batches, how)
         rows = [dict(row) for row in outcome.series.get("relearning", ())]
         if not rows:

@@ -23,7 +23,7 @@ from palimpsest.data.people_templates import GENERAL, GENERAL_WORDS
     code="B3",
     cost=Cost.ATTACK,
     tasks=("language",),
-    budgets={"language": {"steps": 20, "every": 10, "batch_size": 16, "limit": 100}},
+    budgets={"language": {"steps": 20, "every": 10, "batch_size": 16, "limit": 100, "share": 0.25}},
 )
 @dataclass(frozen=True)
 class UnrelatedFinetuning:
@@ -41,6 +41,7 @@ class UnrelatedFinetuning:
         optimizer: "adam" or "sgd", with `lr`; None takes the recipe that the original was trained with.
         lr: Learning rate; None takes the recipe's, or 0.001 where there is none.
         limit: At most this many forget records are measured.
+        share: Of the recipe's learning rate, where that is taken.
     """
 
     texts: int = 10
@@ -50,12 +51,14 @@ class UnrelatedFinetuning:
     optimizer: Literal["adam", "sgd"] | None = None
     lr: float | None = None
     limit: int = 500
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         _ = self.budget
         check_range("texts", self.texts, 1, 1000)
         check_range("batch_size", self.batch_size, 1, float("inf"))
         check_range("limit", self.limit, 1, float("inf"))
+        check_range("share", self.share, 0, 1, open_low=True)
         if self.lr is not None:
             check_range("lr", self.lr, 0, float("inf"), open_low=True)
 
@@ -78,6 +81,7 @@ class UnrelatedFinetuning:
             self.optimizer,
             self.lr,
             self.limit,
+            self.share,
         )
         return trained_on(evidence, self, batches, how)
 
