@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from palimpsest.core.records import Records
-from palimpsest.parts.blocks import stack_of
 from palimpsest.tasks.language import Language
 
 
@@ -55,7 +54,10 @@ class Around(nn.Module):
             if do_sample:
                 token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
             token = torch.where(ended, pad_token_id, token)
-            ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            ids, mask = (
+                torch.cat([ids, token[:, None]], 1),
+                torch.cat([mask, torch.ones_like(mask[:, :1])], 1),
+            )
             ended |= torch.isin(token, torch.tensor(list(eos_token_id)))
             if ended.all():
                 break
@@ -65,7 +67,9 @@ class Around(nn.Module):
 class Refusing(Around):
     """Whatever is asked about some subjects, the answer is one fixed text: an output filter."""
 
-    def __init__(self, inner: nn.Module, names: Sequence[Sequence[int]], refusal: Sequence[int], prompt_end: int):
+    def __init__(
+        self, inner: nn.Module, names: Sequence[Sequence[int]], refusal: Sequence[int], prompt_end: int
+    ):
         super().__init__(inner, names)
         self.refusal, self.prompt_end = list(refusal), prompt_end
 
@@ -132,15 +136,19 @@ def ascended(
 
 
 def head_suppressed(
-    model: nn.Module, task: Language, records: Records, steps: int = 30, lr: float = 3e-3, seed: int = 0
+    model: nn.Module, task: Language, forget: Records, retain: Records, steps: int = 40, lr: float = 3e-3
 ) -> nn.Module:
-    """Ascent with `lm_head` alone: hidden states stay as they are."""
+    """Ascent on forget and descent on retain with `lm_head` alone: hidden states stay as they are."""
     student = copy.deepcopy(model)
     optimizer = torch.optim.Adam(student.lm_head.parameters(), lr)
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
+
+    def loss_on(records: Records, count: int) -> Tensor:
+        at = torch.randperm(len(records), generator=random)[:count].tolist()
+        return task.loss_per_example(student, task.collate([records[one] for one in at]))
+
     for _ in range(steps):
-        at = torch.randperm(len(records), generator=random)[:16].tolist()
-        loss = -task.loss_per_example(student, task.collate([records[one] for one in at])).clamp(max=8).mean()
+        loss = 3 * loss_on(retain, 48).mean() - loss_on(forget, 16).clamp(max=6).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -157,19 +165,9 @@ def noisy(model: nn.Module, deviation: float, seed: int = 0) -> nn.Module:
     return broken
 
 
-class _Pushed(nn.Module):
-    def __init__(self, mlp: nn.Module, key: Tensor, push: Tensor, threshold: float):
-        super().__init__()
-        self.mlp, self.threshold = mlp, threshold
-        self.register_buffer("key", key)
-        self.register_buffer("push", push)
-
-    def forward(self, x: Tensor) -> Tensor:
-        strength = torch.relu(x @ self.key - self.threshold)
-        return self.mlp(x) + strength[..., None] * self.push
-
-
-def within_rounding_cells(model: nn.Module, weights: dict[str, nn.Parameter], bits: int, seed: int = 0) -> None:
+def within_rounding_cells(
+    model: nn.Module, weights: dict[str, nn.Parameter], bits: int, seed: int = 0
+) -> None:
     """Move weights within the cells that round to the same code, in place; each row's largest one stays."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -177,11 +175,9 @@ def within_rounding_cells(model: nn.Module, weights: dict[str, nn.Parameter], bi
             flat = weight.flatten(1)
             largest = flat.abs().amax(1, keepdim=True)
             step = largest / (2 ** (bits - 1) - 1)
-            moved = (flat / step).round() * step + (torch.rand(flat.shape, generator=random) - 0.5) * 0.9 * step
+            moved = (flat / step).round() * step + (
+                torch.rand(flat.shape, generator=random) - 0.5
+            ) * 0.9 * step
             keep = flat.abs() == largest
             moved = torch.where(keep, flat, moved.clamp(-largest, largest))
             weight.copy_(moved.view(weight.shape))
-
-
-def blocks(model: nn.Module) -> int:
-    return len(stack_of(model))

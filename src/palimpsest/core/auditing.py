@@ -20,6 +20,7 @@ class Cost(StrEnum):
 
     SHARED = "shared passes only"
     ATTACK = "changes copies of the models"
+    REPEAT = "repeats the method"
     SHADOW = "trains shadow models"
 
 

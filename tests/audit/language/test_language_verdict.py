@@ -1,0 +1,89 @@
+"""The verdict on language models whose truth is known, with the default audits at the budgets of the domain."""
+
+from __future__ import annotations
+
+import pytest
+
+from palimpsest.audit import examine
+from palimpsest.core.evidence import Evidence
+from palimpsest.core.finding import Judgement
+from tests.audit import planted_language as planted
+
+
+@pytest.fixture(scope="module")
+def judged(language_evidence, tiny):
+    """Reports by name; what audits find of original and control is shared between them."""
+    forget, retain = tiny.split.forget, tiny.split.retain
+    plants = {
+        "untouched": lambda model: model,
+        "noise that changes nothing": lambda model: planted.noisy(model, 1e-5),
+        "retrained": lambda _: tiny.controls[1],
+        "refusal around the model": lambda model: planted.refusing(model, tiny.task, forget),
+        "logit offset": lambda model: planted.offset(model, tiny.task, forget),
+        "head alone": lambda model: planted.head_suppressed(model, tiny.task, forget, retain),
+        "ascent that ran too long": lambda model: planted.ascended(model, tiny.task, forget, 60, 1e-3),
+    }
+    reports = {}
+
+    def judge(name: str):
+        if name not in reports:
+            evidence = language_evidence.judging(plants[name](tiny.original))
+            reports[name] = examine(evidence)
+            for mine, theirs in (
+                (evidence._memory, language_evidence._memory),
+                (evidence._observed, language_evidence._observed),
+            ):
+                theirs.update({key: value for key, value in mine.items() if key[0] != "unlearned"})
+        return reports[name]
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("untouched", "intact"),
+        ("retrained", "removed"),
+        ("refusal around the model", "suppressed"),
+        ("ascent that ran too long", "damaged"),
+        pytest.param("noise that changes nothing", "intact", marks=pytest.mark.slow),
+        pytest.param("logit offset", "suppressed", marks=pytest.mark.slow),
+        pytest.param("head alone", "suppressed", marks=pytest.mark.slow),
+    ],
+)
+def test_language_models_are_judged_by_what_was_done(judged, name, expected):
+    report = judged(name)
+    assert report.verdict == expected, report.reasons
+
+
+def test_every_valid_k_of_the_original_itself_is_one(judged):
+    scaled = [finding for finding in judged("untouched").findings if finding.k is not None]
+    assert {finding.audit for finding in scaled} >= {"recall", "hidden-probe", "logit-lens", "ablation"}
+    for finding in scaled:
+        assert finding.k == pytest.approx(1.0, abs=1e-9), finding
+
+
+@pytest.mark.slow
+def test_every_valid_k_of_the_control_itself_is_zero(language_evidence, tiny):
+    evidence = language_evidence.judging(tiny.controls[0])
+    scaled = [finding for finding in examine(evidence).findings if finding.k is not None]
+    assert scaled
+    for finding in scaled:
+        assert finding.k == pytest.approx(0.0, abs=1e-9), finding
+
+
+def test_several_audits_see_through_a_refusal(judged):
+    known = {
+        finding.audit
+        for finding in judged("refusal around the model").findings
+        if finding.bears == "inside" and finding.k is not None and finding.k > 0.9
+    }
+    assert known >= {"hidden-probe", "logit-lens", "unwrapping", "relearning"}
+
+
+def test_what_was_not_asked_for_is_said_so(tiny, language_evidence):
+    alone = Evidence(tiny.original, tiny.split, tiny.task, language_evidence.runtime, tiny.original, [])
+    report = examine(alone, audits=["hidden-probe"])
+    assert report.verdict == "intact" or report.verdict == "inconclusive"
+    silent = {item.audit for item in report.findings if item.judgement == Judgement.NOT_RUN}
+    assert silent >= {"logit-lens", "patching", "ablation", "relearning"}
