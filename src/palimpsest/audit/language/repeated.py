@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +48,9 @@ def subjects_apart(evidence: Evidence, shares: Sequence[float]) -> list[Records]
     count = len(np.unique(group))
     order = evidence.runtime.numpy("subjects apart").permutation(count)
     ends = [0, *(round(share * count) for share in shares)]
-    if any(end <= start for start, end in zip(ends, ends[1:], strict=False)):
+    if any(end <= start for start, end in pairwise(ends)):
         raise InvalidAudit(f"{count} subjects do not divide at {list(shares)}")
-    return [
-        forget.select(np.sort(members(group, order[start:end])))
-        for start, end in zip(ends, ends[1:], strict=False)
-    ]
+    return [forget.select(np.sort(members(group, order[start:end]))) for start, end in pairwise(ends)]
 
 
 def request_for(evidence: Evidence, forget: Records, name: str) -> ForgetSplit:
