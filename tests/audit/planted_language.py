@@ -155,6 +155,26 @@ def head_suppressed(
     return student
 
 
+def erased_by_tuning(
+    model: nn.Module, task: Language, forget: Records, retain: Records, steps: int = 60, lr: float = 1e-3
+) -> nn.Module:
+    """Tuned until forget answers are lost and retained ones stay: a control that shares the original's basis."""
+    student = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(student.parameters(), lr)
+    random = torch.Generator().manual_seed(0)
+
+    def loss_on(records: Records, count: int) -> Tensor:
+        at = torch.randperm(len(records), generator=random)[:count].tolist()
+        return task.loss_per_example(student, task.collate([records[one] for one in at]))
+
+    for _ in range(steps):
+        loss = 2 * loss_on(retain, 24).mean() - loss_on(forget, 8).clamp(max=8).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return student
+
+
 def noisy(model: nn.Module, deviation: float, seed: int = 0) -> nn.Module:
     """Gaussian noise on every weight."""
     random = torch.Generator().manual_seed(seed)
