@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from palimpsest.audit.report import answered
 from palimpsest.core.matrix import ScoreMatrix
 from palimpsest.study.result import CellResult, Mean, StudyResult, mean_and_half_width
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TEST, FORGET = "utility.test_accuracy", "utility.forget_accuracy"
 WIDEST = 1.0
 """A K whose 95 % interval is wider cannot tell retrained from untouched, and its rise and fall is chance."""
 HEADINGS = {
     "test first": "test accuracy after the first request",
     "test last": "test accuracy after the last request",
+    "test slope": "change of test accuracy per request, of a straight line through all of them",
     "K in time": "knowledge K of the requests' records right after each request, mean where it is known well",
     "K at the end": "the same of all but the last request, after the last",
     "re-emergence": "largest rise of K of one request from its time to the end",
@@ -102,7 +103,7 @@ def _certain_k(cell: CellResult, finding: str) -> float | None:
 def turns_of(result: StudyResult) -> list[Turns]:
     """One entry per method, in the order of tables.
 
-    K is that of the accuracy on the forgotten records.
+    K is that of the accuracy on the forgotten records, of texts that of the questions answered.
     """
     groups: dict[str, dict[int, list[CellResult]]] = {}
     for cell in result.cells:
@@ -145,10 +146,12 @@ def _turns(label: str, seeds: Sequence[Sequence[CellResult]]) -> Turns:
             place = "again" if review else {0: "first", steps - 1: "last"}.get(step)
             if place and (not review or cell.request.removesuffix(", at the end") == cells[0].request):
                 said[place][cell.report.verdict.value] += 1
-        test, knowledge = matrix(cells, TEST, scaled=False), matrix(cells, FORGET)
+        kept, gone = answered(cell.report for cell in cells if cell.report is not None)
+        test, knowledge = matrix(cells, kept, scaled=False), matrix(cells, gone)
         for heading, value in (
             ("test first", test.at_their_time[0]),
             ("test last", test.at_their_time[-1]),
+            ("test slope", _slope(test.at_their_time)),
             ("K in time", _mean(knowledge.at_their_time)),
             ("K at the end", _mean(knowledge.at_the_end[:-1])),
             ("re-emergence", knowledge.re_emergence),
@@ -163,6 +166,11 @@ def _turns(label: str, seeds: Sequence[Sequence[CellResult]]) -> Turns:
 def _mean(values: Any) -> float:
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else float("nan")
+
+
+def _slope(values: Any) -> float:
+    known = np.flatnonzero(np.isfinite(values))
+    return float(np.polyfit(known, values[known], 1)[0]) if len(known) > 1 else float("nan")
 
 
 def _words(verdicts: dict[str, int]) -> str:

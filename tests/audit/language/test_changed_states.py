@@ -83,7 +83,9 @@ def test_the_original_is_shifted_in_no_direction(language_evidence):
 def test_states_pushed_along_one_direction_are_put_back_by_taking_it_out(run_on, tiny):
     model = steered(tiny, 200.0)
     outcome = run_on(Ablation(), model)
-    plain = next(row for row in run_on(Ablation(), tiny.original).series["ablation"] if row["model"] == "original")
+    plain = next(
+        row for row in run_on(Ablation(), tiny.original).series["ablation"] if row["model"] == "original"
+    )
     assert found(outcome, "best_block").k > 0.8
     assert found(outcome, "best_block_gain").value > 0.5
     assert plain["forget_accuracy"] > 0.9

@@ -135,7 +135,11 @@ def test_a_subject_lies_in_one_fold(language_evidence):
 @pytest.mark.parametrize("shape", [(30, 5), (6, 20)], ids=["more rows", "more columns"])
 def test_the_linear_map_is_ridge_regression(shape):
     random = np.random.default_rng(0)
-    x, y, rows = random.normal(size=shape), random.normal(size=(shape[0], 3)), random.normal(size=(4, shape[1]))
+    x, y, rows = (
+        random.normal(size=shape),
+        random.normal(size=(shape[0], 3)),
+        random.normal(size=(4, shape[1])),
+    )
     size = x.std(0)
     expected = Ridge(alpha=2.0).fit((x - x.mean(0)) / size, y).predict((rows - x.mean(0)) / size)
     np.testing.assert_allclose(ridge(x, y, 2.0, rows), expected, rtol=1e-8)
