@@ -21,7 +21,13 @@ from palimpsest.study.turns import turns_of
 
 def hit(value: float, original: float = 1.0, controls: tuple[float, ...] = (0.0, 0.02)) -> Finding:
     plain = Finding(
-        "recall", "forget_hit", value, more_is="knowledge", original=original, controls=controls, bears="outputs"
+        "recall",
+        "forget_hit",
+        value,
+        more_is="knowledge",
+        original=original,
+        controls=controls,
+        bears="outputs",
     )
     return judged(plain, prior=0.02)
 

@@ -39,6 +39,18 @@ def test_embeddings_and_head_are_not_rounded(tiny):
     )
 
 
+def test_the_heads_of_all_models_inside_are_left_out(tiny):
+    class Beside(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.assistant = copy.deepcopy(tiny.original), copy.deepcopy(tiny.controls[0])
+            self.classifier = torch.nn.Linear(4, 2)
+
+    names = set(hidden_weights(Beside(), tiny.task))
+    assert not names & {"inner.lm_head.weight", "assistant.lm_head.weight", "classifier.weight"}
+    assert {"inner.model.layers.0.mlp.up_proj.weight", "assistant.model.layers.1.mlp.up_proj.weight"} <= names
+
+
 def test_weights_moved_within_their_rounding_cells_are_the_originals_at_four_bits(run_on, tiny):
     shifted = copy.deepcopy(tiny.original)
     planted.within_rounding_cells(shifted, hidden_weights(shifted, tiny.task), bits=4)

@@ -1,4 +1,7 @@
-"""The verdict on language models whose truth is known, with the default audits at the budgets of the domain."""
+"""The verdict on language models whose truth is known.
+
+The slow tests run all default audits at the budgets of the domain; the fast ones those that only read.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from palimpsest.audit import examine
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Judgement
 from tests.audit import planted_language as planted
+
+READING = ["recall", "unwrapping", "hidden-probe", "logit-lens"]
 
 
 @pytest.fixture(scope="module")
@@ -25,39 +30,48 @@ def judged(language_evidence, tiny):
     }
     reports = {}
 
-    def judge(name: str):
-        if name not in reports:
+    def judge(name: str, audits: list[str] | None):
+        key = (name, audits is None)
+        if key not in reports:
             evidence = language_evidence.judging(plants[name](tiny.original))
-            reports[name] = examine(evidence)
+            reports[key] = examine(evidence, audits)
             for mine, theirs in (
                 (evidence._memory, language_evidence._memory),
                 (evidence._observed, language_evidence._observed),
             ):
-                theirs.update({key: value for key, value in mine.items() if key[0] != "unlearned"})
-        return reports[name]
+                theirs.update({at: value for at, value in mine.items() if at[0] != "unlearned"})
+        return reports[key]
 
     return judge
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("untouched", "intact"),
-        ("retrained", "removed"),
-        ("refusal around the model", "suppressed"),
-        ("ascent that ran too long", "damaged"),
-        pytest.param("noise that changes nothing", "intact", marks=pytest.mark.slow),
-        pytest.param("logit offset", "suppressed", marks=pytest.mark.slow),
-        pytest.param("head alone", "suppressed", marks=pytest.mark.slow),
-    ],
-)
-def test_language_models_are_judged_by_what_was_done(judged, name, expected):
-    report = judged(name)
-    assert report.verdict == expected, report.reasons
+CASES = {
+    "untouched": "intact",
+    "noise that changes nothing": "intact",
+    "retrained": "removed",
+    "refusal around the model": "suppressed",
+    "logit offset": "suppressed",
+    "head alone": "suppressed",
+    "ascent that ran too long": "damaged",
+}
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_reading_alone_judges_by_what_was_done(judged, name):
+    report = judged(name, READING)
+    assert report.verdict == CASES[name], report.reasons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_all_default_audits_judge_by_what_was_done(judged, name):
+    report = judged(name, None)
+    assert report.verdict == CASES[name], report.reasons
+
+
+@pytest.mark.slow
 def test_every_valid_k_of_the_original_itself_is_one(judged):
-    scaled = [finding for finding in judged("untouched").findings if finding.k is not None]
+    scaled = [finding for finding in judged("untouched", None).findings if finding.k is not None]
     assert {finding.audit for finding in scaled} >= {"recall", "hidden-probe", "logit-lens", "ablation"}
     for finding in scaled:
         assert finding.k == pytest.approx(1.0, abs=1e-9), finding
@@ -72,18 +86,19 @@ def test_every_valid_k_of_the_control_itself_is_zero(language_evidence, tiny):
         assert finding.k == pytest.approx(0.0, abs=1e-9), finding
 
 
+@pytest.mark.slow
 def test_several_audits_see_through_a_refusal(judged):
     known = {
         finding.audit
-        for finding in judged("refusal around the model").findings
+        for finding in judged("refusal around the model", None).findings
         if finding.bears == "inside" and finding.k is not None and finding.k > 0.9
     }
     assert known >= {"hidden-probe", "logit-lens", "unwrapping", "relearning"}
 
 
-def test_what_was_not_asked_for_is_said_so(tiny, language_evidence):
-    alone = Evidence(tiny.original, tiny.split, tiny.task, language_evidence.runtime, tiny.original, [])
-    report = examine(alone, audits=["hidden-probe"])
-    assert report.verdict == "intact" or report.verdict == "inconclusive"
+def test_without_a_control_only_absolute_values_are_given(tiny, language_evidence):
+    alone = Evidence(tiny.controls[1], tiny.split, tiny.task, language_evidence.runtime, tiny.original, [])
+    report = examine(alone, audits=["hidden-probe", "logit-lens"])
+    assert report.verdict == "inconclusive" and "no retrained model" in report.reasons[0]
     silent = {item.audit for item in report.findings if item.judgement == Judgement.NOT_RUN}
-    assert silent >= {"logit-lens", "patching", "ablation", "relearning"}
+    assert silent >= {"recall", "patching", "ablation", "relearning"}
