@@ -23,6 +23,10 @@ counts only if its probe is valid, that is, if original and retrained models dif
 Where models answer in numbers, skill stands for accuracy (`audit.regression`): a share of the error of a
 constant answer that is saved. Of language models it stands for the share of questions whose greedy reply names
 the answer (`audit.language.recall`); over-forgotten are answers whose tokens are less likely than to controls.
+Inside a language model look the probe and the lens (`audit.language.hidden_probe`, `logit_lens`), the ablation of
+directions, patching (only where the controls share the original's basis: else its zero is noise), and whatever
+trains or rounds copies. What stands around a network is left out before it is read, so that a guard, a refusal
+or an offset of logits over an untouched network is **suppressed**, whatever its outputs say.
 
 The thresholds are below, in one place. `tests/audit/test_verdict.py` shows how often they are right.
 """
