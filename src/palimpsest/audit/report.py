@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,6 @@ from palimpsest.core.writing import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
-
-ANSWERED = (
-    ("utility.test_accuracy", "utility.forget_accuracy"),
-    ("recall.test_hit", "recall.forget_hit"),
-)
-"""Findings that say how test and forget records are answered, by domain."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +89,3 @@ class AuditReport:
         if kind == "csv":
             return write_text(path, self.to_frame().to_csv(index=False))
         return write_text(path, RENDERERS.get(kind)([self]))
-
-
-def answered(reports: Iterable[AuditReport]) -> tuple[str, str]:
-    """Keys of the findings on test and forget records that reports have: of classes, or of questions."""
-    keys = {finding.key for report in reports for finding in report.findings if finding.value is not None}
-    return next((pair for pair in ANSWERED if set(pair) & keys), ANSWERED[0])

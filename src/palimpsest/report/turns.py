@@ -8,10 +8,11 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from palimpsest.audit.report import AuditReport, answered
+from palimpsest.audit.report import AuditReport
 from palimpsest.report.gathering import averaged, label_of, labels_of, requests_of
 from palimpsest.report.style import HEIGHT, ROWS, WIDTH, choice, colour, faded, specification
 
+TEST, FORGET = "utility.test_accuracy", "utility.forget_accuracy"
 UTILITY, IN_TIME, AT_THE_END = "test accuracy", "K right after the request", "K after the last request"
 
 
@@ -19,7 +20,6 @@ def turns_chart(reports: Sequence[AuditReport]) -> dict[str, Any] | None:
     """Test accuracy after every request, and knowledge K of each request's records at their time and at the end."""
     if not any(report.facts.get("step", 0) > 0 for report in reports):
         return None
-    kept, gone = answered(reports)
     order = {
         report.facts["request"]: report.facts["step"] + 1
         for report in reports
@@ -30,12 +30,12 @@ def turns_chart(reports: Sequence[AuditReport]) -> dict[str, Any] | None:
         request, review = str(report.facts["request"]), bool(report.facts.get("review"))
         about = {"label": label_of(report), "step": order[request.removesuffix(", at the end")]}
         found = {item.key: item for item in report.findings}
-        if kept in found and not review:
-            rows.append({**about, "shown": UTILITY, "value": found[kept].value})
-        if gone in found and found[gone].k is not None:
-            rows.append({**about, "shown": AT_THE_END if review else IN_TIME, "value": found[gone].k})
+        if TEST in found and not review:
+            rows.append({**about, "shown": UTILITY, "value": found[TEST].value})
+        if FORGET in found and found[FORGET].k is not None:
+            rows.append({**about, "shown": AT_THE_END if review else IN_TIME, "value": found[FORGET].k})
             if not review and about["step"] == len(order):
-                rows.append({**about, "shown": AT_THE_END, "value": found[gone].k})
+                rows.append({**about, "shown": AT_THE_END, "value": found[FORGET].k})
     frame = pd.DataFrame(rows, columns=pd.Index(["label", "step", "shown", "value"]))
     means = averaged(frame.dropna(), ["label", "step", "shown"], "value")
     present = [shown for shown in (UTILITY, IN_TIME, AT_THE_END) if (means["shown"] == shown).any()]

@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from palimpsest.audit.report import answered
 from palimpsest.core.matrix import ScoreMatrix
 from palimpsest.study.result import CellResult, Mean, StudyResult, mean_and_half_width
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+TEST, FORGET = "utility.test_accuracy", "utility.forget_accuracy"
 WIDEST = 1.0
 """A K whose 95 % interval is wider cannot tell retrained from untouched, and its rise and fall is chance."""
 HEADINGS = {
     "test first": "test accuracy after the first request",
     "test last": "test accuracy after the last request",
-    "test slope": "change of test accuracy per request, of a straight line through all of them",
     "K in time": "knowledge K of the requests' records right after each request, mean where it is known well",
     "K at the end": "the same of all but the last request, after the last",
     "re-emergence": "largest rise of K of one request from its time to the end",
@@ -103,7 +102,7 @@ def _certain_k(cell: CellResult, finding: str) -> float | None:
 def turns_of(result: StudyResult) -> list[Turns]:
     """One entry per method, in the order of tables.
 
-    K is that of the accuracy on the forgotten records, of texts that of the questions answered.
+    K is that of the accuracy on the forgotten records.
     """
     groups: dict[str, dict[int, list[CellResult]]] = {}
     for cell in result.cells:
@@ -146,12 +145,10 @@ def _turns(label: str, seeds: Sequence[Sequence[CellResult]]) -> Turns:
             place = "again" if review else {0: "first", steps - 1: "last"}.get(step)
             if place and (not review or cell.request.removesuffix(", at the end") == cells[0].request):
                 said[place][cell.report.verdict.value] += 1
-        kept, gone = answered(cell.report for cell in cells if cell.report is not None)
-        test, knowledge = matrix(cells, kept, scaled=False), matrix(cells, gone)
+        test, knowledge = matrix(cells, TEST, scaled=False), matrix(cells, FORGET)
         for heading, value in (
             ("test first", test.at_their_time[0]),
             ("test last", test.at_their_time[-1]),
-            ("test slope", _slope(test.at_their_time)),
             ("K in time", _mean(knowledge.at_their_time)),
             ("K at the end", _mean(knowledge.at_the_end[:-1])),
             ("re-emergence", knowledge.re_emergence),
@@ -166,11 +163,6 @@ def _turns(label: str, seeds: Sequence[Sequence[CellResult]]) -> Turns:
 def _mean(values: Any) -> float:
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else float("nan")
-
-
-def _slope(values: Any) -> float:
-    known = np.flatnonzero(np.isfinite(values))
-    return float(np.polyfit(known, values[known], 1)[0]) if len(known) > 1 else float("nan")
 
 
 def _words(verdicts: dict[str, int]) -> str:
