@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from palimpsest.audit.report import AuditReport, answered
+from palimpsest.audit.report import AuditReport
 from palimpsest.audit.verdict import Verdict
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.finding import Finding
@@ -62,10 +62,6 @@ def test_questions_stand_for_accuracy_where_there_are_no_classes(finished):
     assert item.figures["K in time"][0] == pytest.approx(np.mean(k))
     assert item.figures["re-emergence"][0] == pytest.approx((0.4 - 0.1) / (1 - control))
     assert turns_chart(finished.reports) is not None
-
-
-def test_reports_without_either_are_taken_for_classes():
-    assert answered([]) == ("utility.test_accuracy", "utility.forget_accuracy")
 
 
 def test_requests_for_folds_of_people_follow_each_other():
