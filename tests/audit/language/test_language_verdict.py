@@ -10,6 +10,7 @@ import pytest
 from palimpsest.audit import examine
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Judgement
+from palimpsest.core.unlearner import UNLEARNERS
 from tests.audit import planted_language as planted
 
 READING = ["recall", "unwrapping", "hidden-probe", "logit-lens"]
@@ -102,3 +103,9 @@ def test_without_a_control_only_absolute_values_are_given(tiny, language_evidenc
     assert report.verdict == "inconclusive" and "no retrained model" in report.reasons[0]
     silent = {item.audit for item in report.findings if item.judgement == Judgement.NOT_RUN}
     assert silent >= {"recall", "patching", "ablation", "relearning"}
+
+
+@pytest.mark.parametrize("name", ["guard", "uld", "system-prompt", "in-context"])
+def test_methods_that_only_stand_in_the_way_declare_suppression(name):
+    assert UNLEARNERS.get(name).card.intention == "suppression"
+    assert UNLEARNERS.get("npo").card.intention == "removal"

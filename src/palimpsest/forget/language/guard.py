@@ -51,6 +51,7 @@ UNUSED = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "
 
 @unlearner(
     "guard",
+    intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("language",),
     paper=Paper(
