@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from palimpsest.core.records import Records
+from palimpsest.parts.tokens import scored
 from palimpsest.tasks.language import Language
 
 
@@ -136,19 +138,23 @@ def ascended(
 
 
 def head_suppressed(
-    model: nn.Module, task: Language, forget: Records, retain: Records, steps: int = 40, lr: float = 3e-3
+    model: nn.Module, task: Language, forget: Records, retain: Records, steps: int = 60, lr: float = 3e-3
 ) -> nn.Module:
     """Ascent on forget and descent on retain with `lm_head` alone: hidden states stay as they are."""
     student = copy.deepcopy(model)
     optimizer = torch.optim.Adam(student.lm_head.parameters(), lr)
-    random = torch.Generator().manual_seed(0)
 
-    def loss_on(records: Records, count: int) -> Tensor:
-        at = torch.randperm(len(records), generator=random)[:count].tolist()
-        return task.loss_per_example(student, task.collate([records[one] for one in at]))
+    def read(records: Records) -> tuple[Tensor, Tensor]:
+        batch = task.collate(list(records))
+        with torch.no_grad():
+            hidden = student.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        at = scored(batch["labels"])
+        return hidden.last_hidden_state[:, :-1][at], batch["labels"][:, 1:][at]
 
+    (forgotten, gone), (retained, kept) = read(forget), read(retain)
     for _ in range(steps):
-        loss = 3 * loss_on(retain, 48).mean() - loss_on(forget, 16).clamp(max=6).mean()
+        ascent = F.cross_entropy(student.lm_head(forgotten), gone, reduction="none").clamp(max=8).mean()
+        loss = 5 * F.cross_entropy(student.lm_head(retained), kept) - ascent
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -156,7 +162,7 @@ def head_suppressed(
 
 
 def erased_by_tuning(
-    model: nn.Module, task: Language, forget: Records, retain: Records, steps: int = 60, lr: float = 1e-3
+    model: nn.Module, task: Language, forget: Records, retain: Records, steps: int = 30, lr: float = 1e-3
 ) -> nn.Module:
     """Tuned until forget answers are lost and retained ones stay: a control that shares the original's basis."""
     student = copy.deepcopy(model)

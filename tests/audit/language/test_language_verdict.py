@@ -27,7 +27,7 @@ def judged(language_evidence, tiny):
         "refusal around the model": lambda model: planted.refusing(model, tiny.task, forget),
         "logit offset": lambda model: planted.offset(model, tiny.task, forget),
         "head alone": lambda model: planted.head_suppressed(model, tiny.task, forget, retain),
-        "ascent that ran too long": lambda model: planted.ascended(model, tiny.task, forget, 60, 1e-3),
+        "ascent that ran too long": lambda model: planted.ascended(model, tiny.task, forget, 30, 2e-3),
     }
     reports = {}
 
