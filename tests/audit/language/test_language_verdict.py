@@ -11,6 +11,8 @@ from palimpsest.audit import examine
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Judgement
 from palimpsest.core.unlearner import UNLEARNERS
+from palimpsest.forget import forget
+from palimpsest.suites.people import settings_of
 from tests.audit import planted_language as planted
 
 READING = ["recall", "unwrapping", "hidden-probe", "logit-lens"]
@@ -103,6 +105,24 @@ def test_without_a_control_only_absolute_values_are_given(tiny, language_evidenc
     assert report.verdict == "inconclusive" and "no retrained model" in report.reasons[0]
     silent = {item.audit for item in report.findings if item.judgement == Judgement.NOT_RUN}
     assert silent >= {"recall", "patching", "ablation", "relearning"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["guard", "uld", "system-prompt", "in-context"])
+def test_published_wrappers_are_suppressed(language_evidence, tiny, name):
+    """Settings are not tuned: on so small a model some of them lose utility as well, which the reasons then say."""
+    settings = settings_of(name)
+    wrapped = forget(tiny.original, tiny.split, name, tiny.task, seed=0, **settings)
+    report = examine(language_evidence.judging(wrapped), READING)
+    assert report.verdict == "suppressed", report.reasons
+
+
+def test_damage_done_by_a_wrapper_does_not_hide_what_is_inside(language_evidence, tiny):
+    everybody = tiny.split.forget.union(tiny.split.retain)
+    mute = planted.refusing(tiny.original, tiny.task, everybody)
+    report = examine(language_evidence.judging(mute), READING)
+    assert report.verdict == "suppressed"
+    assert any("As it is served" in reason and "retain_hit" in reason for reason in report.reasons)
 
 
 @pytest.mark.parametrize("name", ["guard", "uld", "system-prompt", "in-context"])
