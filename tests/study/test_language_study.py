@@ -13,6 +13,7 @@ from palimpsest.core.scale import judged
 from palimpsest.core.selection import by_column
 from palimpsest.core.split import at_the_end, in_turn, split
 from palimpsest.data import load_data
+from palimpsest.report.inside import answers_chart
 from palimpsest.report.turns import turns_chart
 from palimpsest.study.metric_check import faithful, robust
 from palimpsest.study.result import CellResult, StudyResult
@@ -117,3 +118,25 @@ def test_robustness_is_read_off_the_attacks():
     assert found["both"] == pytest.approx(0.5)
     with pytest.raises(InvalidAudit, match="run the audit 'quantization'"):
         robust(report(0, hit(0.2), *attacked.findings[1:3]))
+
+
+def test_what_is_readable_inside_is_drawn_block_by_block():
+    def rows(value: float, role: str) -> list[dict[str, object]]:
+        shared = {"model": role, "block": 0, "k": None}
+        lens = {**shared, "head": "own", "probability": value}
+        return [lens, {**shared, "probe": "any value", "accuracy": value / 2}]
+
+    both = [rows(0.8, "original"), rows(0.1, "unlearned"), rows(0.0, "control 0")]
+    drawn = answers_chart([
+        AuditReport(
+            Verdict.INCOMPLETE, (), (),
+            {"lens": tuple(pair[0] for pair in both), "probes": tuple(pair[1] for pair in both)},
+            {"seed": 0, "request": "fold = 0", "label": "m", "method": "m"},
+        )
+    ])  # fmt: skip
+    assert drawn is not None
+    values = [item for rows in drawn["datasets"].values() for item in rows] if "datasets" in drawn else []
+    text = str(drawn)
+    assert "by the head own" in text and "by a probe, any value" in text
+    assert not values or {row["label"] for row in values} == {"original", "m", "retrained"}
+    assert answers_chart([report(0, hit(0.5))]) is None
