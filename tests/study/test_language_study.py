@@ -135,8 +135,11 @@ def test_what_is_readable_inside_is_drawn_block_by_block():
         )
     ])  # fmt: skip
     assert drawn is not None
-    values = [item for rows in drawn["datasets"].values() for item in rows] if "datasets" in drawn else []
-    text = str(drawn)
-    assert "by the head own" in text and "by a probe, any value" in text
-    assert not values or {row["label"] for row in values} == {"original", "m", "retrained"}
+    rows_drawn = [row for table in drawn["datasets"].values() for row in table if "read" in row]
+    values = {(row["label"], row["read"]): row["mean"] for row in rows_drawn}
+    assert values == {
+        (label, read): pytest.approx(value / part)
+        for label, value in (("original", 0.8), ("m", 0.1), ("retrained", 0.0))
+        for read, part in (("by the head own", 1), ("by a probe, any value", 2))
+    }
     assert answers_chart([report(0, hit(0.5))]) is None
