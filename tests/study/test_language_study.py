@@ -15,9 +15,10 @@ from palimpsest.core.split import at_the_end, in_turn, split
 from palimpsest.data import load_data
 from palimpsest.report.inside import answers_chart
 from palimpsest.report.turns import turns_chart
+from palimpsest.study.compare import compare
 from palimpsest.study.metric_check import faithful, robust
 from palimpsest.study.result import CellResult, StudyResult
-from palimpsest.study.turns import turns_of
+from palimpsest.study.turns import matrix, turns_of
 
 
 def hit(value: float, original: float = 1.0, controls: tuple[float, ...] = (0.0, 0.02)) -> Finding:
@@ -143,3 +144,40 @@ def test_what_is_readable_inside_is_drawn_block_by_block():
         for read, part in (("by the head own", 1), ("by a probe, any value", 2))
     }
     assert answers_chart([report(0, hit(0.5))]) is None
+
+
+@pytest.mark.slow
+def test_a_study_forgets_fold_after_fold_of_people(tmp_path):
+    """From recipe to matrix, on a model too small to learn anything: only the course of things is looked at."""
+    recipe = {
+        "name": "folds in turn",
+        "data": {
+            "name": "people",
+            "settings": {
+                "people": 6, "folds": 3, "relations": ["city"], "general": 4, "countries": 1, "forms": ["qa"],
+            },
+        },
+        "model": {"name": "small_llama", "settings": {"width": 16, "layers": 1, "heads": 2}},
+        "task": {"name": "language", "settings": {"vocabulary": 400}},
+        "training": {"epochs": 1, "lr": 1e-3, "batch_size": 32, "optimizer": "adamw"},
+        "forget": ["fold=0", "fold=1"],
+        "in_turn": True,
+        "methods": [{"name": "grad-ascent", "settings": {"epochs": 1, "max_steps": 1, "lr": 1e-3}}],
+        "audits": ["recall", {"name": "later-learning", "settings": {"steps": 2, "every": 1}}, "trace"],
+        "controls": 1,
+        "threads": 1,
+        "device": "cpu",
+    }  # fmt: skip
+    done = compare(recipe, tmp_path / "run", progress=False)
+    assert not done.failed
+    requests = {cell.request: cell for cell in done.select("grad-ascent")}
+    assert set(requests) == {"fold = 0", "fold = 1", "fold = 0, at the end"}
+
+    def weights(cell: CellResult, role: str) -> str:
+        rows = cell.report.series["trace"]
+        return next(row["value"] for row in rows if (row["what"], row["name"]) == ("sha256 of weights", role))
+
+    first, second, again = (requests[name] for name in ("fold = 0", "fold = 1", "fold = 0, at the end"))
+    assert weights(second, "unlearned") == weights(again, "unlearned") != weights(first, "unlearned")
+    assert matrix(list(requests.values()), "recall.test_hit", scaled=False).scores.shape == (2, 2)
+    assert [item.steps for item in turns_of(done) if item.label.startswith("grad-ascent")] == [2]
