@@ -117,6 +117,7 @@ def test_independently_trained_controls_are_said_to_speak_another_basis(run_on, 
     assert kept.bears == "" and "another basis" in kept.note
 
 
+@pytest.mark.slow
 def test_controls_of_the_originals_basis_bear_on_the_verdict(tiny, language_evidence):
     """Tuned from the original: retained questions answered, forgotten ones not."""
     split = tiny.split

@@ -114,7 +114,7 @@ def test_the_rate_is_one_at_which_the_control_learns_the_relearned_facts(run_on,
         BenignFinetuning(**QUICK),
         UnrelatedFinetuning(texts=10, **QUICK),
         LaterLearning(**QUICK),
-        Interpolation(points=2),
+        pytest.param(Interpolation(points=2), marks=pytest.mark.slow),
     ],
     ids=["benign", "unrelated", "later", "interpolation"],
 )

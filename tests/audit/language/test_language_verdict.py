@@ -59,7 +59,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+DEAR = ("noise that changes nothing", "logit offset", "ascent that ran too long")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in DEAR else ()) for name in CASES]
+)
 def test_reading_alone_judges_by_what_was_done(judged, name):
     report = judged(name, READING)
     assert report.verdict == CASES[name], report.reasons
@@ -117,6 +122,7 @@ def test_published_wrappers_are_suppressed(language_evidence, tiny, name):
     assert report.verdict == "suppressed", report.reasons
 
 
+@pytest.mark.slow
 def test_damage_done_by_a_wrapper_does_not_hide_what_is_inside(language_evidence, tiny):
     everybody = tiny.split.forget.union(tiny.split.retain)
     mute = planted.refusing(tiny.original, tiny.task, everybody)
