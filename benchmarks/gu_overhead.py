@@ -70,7 +70,7 @@ def main() -> None:
     random = torch.Generator().manual_seed(0)
     rows: list[list[str]] = []
     for network in networks:
-        model = small_llama(VOCABULARY, heads=4, **network)
+        model = small_llama(VOCABULARY, network["width"], network["layers"], heads=4)
         weights = sum(parameter.numel() for parameter in model.parameters())
         found: dict[str, list[str]] = {}
         for size in sizes:

@@ -393,7 +393,7 @@ class Cliff(torch.autograd.Function):
         return x.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Any) -> Tensor:
         return torch.full((3,), math.inf)
 
 
@@ -515,7 +515,8 @@ def test_optimizers_that_cannot_be_projected_are_refused(rule):
     own = list(Apart().parameters())
     for setting in ("amsgrad", "maximize"):
         with pytest.raises(InvalidHyperparameter, match=setting):
-            begin(torch.optim.AdamW(own, **{setting: True}), own)
+            settings: dict[str, Any] = {setting: True}
+            begin(torch.optim.AdamW(own, **settings), own)
     with pytest.raises(InvalidHyperparameter, match="1 of 2 selected parameters"):
         begin(torch.optim.SGD(own[:1], 0.1), own)
     with pytest.raises(InvalidHyperparameter, match="nothing to project"):
@@ -549,13 +550,13 @@ def test_a_second_moment_for_some_parameters_only_is_refused():
         update.finish()
 
 
-def test_sharded_parameters_are_refused():
+def test_sharded_parameters_are_refused(tmp_path):
     """A real tensor over a mesh of one process."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         shared = [nn.Parameter(distribute_tensor(torch.ones(4), mesh))]
@@ -620,7 +621,8 @@ def one_step(speaker: Any, objective: str, rule: Any, lr: float = 0.3, **setting
         "max_steps": 1,
         "batch_size": 8,
     }
-    method = UNLEARNERS.get(objective)(rule=rule, lr=lr, **{**basics, **settings})
+    make: Any = UNLEARNERS.get(objective)
+    method = make(rule=rule, lr=lr, **{**basics, **settings})
     unlearned = method.unlearn(model, split, task, pal.Runtime(device="cpu"))
     moved = flat(unlearned.parameters()) - flat(model.parameters())
     return getattr(unlearned, HISTORY_ATTRIBUTE), moved

@@ -196,7 +196,8 @@ def check_whole(parameters: Sequence[nn.Parameter]) -> None:
         raise InvalidHyperparameter("No parameters are selected: there is nothing to project.")
     if any(hasattr(p, "device_mesh") or getattr(p, "_is_flat_param", False) for p in parameters):
         raise ModelMismatch(
-            "The parameters are sharded (FSDP, tensor parallel): projections need whole gradients. Use DDP, or rule='sum'."
+            "The parameters are sharded (FSDP, tensor parallel): projections need whole gradients. Use DDP, or "
+            "rule='sum'."
         )
 
 

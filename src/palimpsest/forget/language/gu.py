@@ -49,7 +49,7 @@ class GU:
     records. Needs retained records at every step. For any differentiable model: the rule sees losses and
     parameters only.
 
-    Use mode="realised" or "both" under Adam, momentum or weight decay where the promise is to hold for the step
+    Use mode="both" (or "realised") under Adam, momentum or weight decay where the promise is to hold for the step
     itself: they re-entangle what the gradient was cleared of. The promise is of first order, for the gradients
     in the basis; it is not that nothing retained is lost.
 
@@ -60,10 +60,11 @@ class GU:
 
     The history has one row per optimizer step: `cosine` of forget and retain gradient, share of the forget
     gradient that is `entangled`, share of the retain gradient that is `uncovered` by the basis, `rank` of the
-    basis, `projections` and `corrections` (of gradient and step: once per optimizer step), `gradient_product` and `projected_product` (of the retain gradient
-    with the forget gradient before and after), `proposed_product` and `realised_product` (with the step that
-    the optimizer took, and with the one that was made), `realised_cosine` (the largest over all protected
-    gradients, signed), `correction_ratio`, `scale` (of the step, by the filter) and `skipped`.
+    basis, `projections` and `corrections` (of gradient and step: once per optimizer step), `gradient_product`
+    and `projected_product` (of the retain gradient with the forget gradient before and after),
+    `proposed_product` and `realised_product` (with the step that the optimizer took, and with the one that was
+    made), `realised_cosine` (the largest over all protected gradients, signed), `correction_ratio`, `scale` (of
+    the step, by the filter) and `skipped`.
 
     Attributes:
         rank: Number of protected gradients, the current one included; 8 is published. At most 8 where steps

@@ -39,7 +39,7 @@ FORGOTTEN = 0.2
 """Both runs go on until at most this share of the tokens of forget answers is predicted."""
 EVERY = 2
 """Optimizer steps between two looks."""
-AT_MOST = 240
+AT_MOST = 80
 """Optimizer steps after which a run counts as one that does not forget."""
 LOOKED_AT = 150
 """Retained records whose loss is measured, evenly spread."""
