@@ -38,6 +38,7 @@ class Question:
         wrong: Wrong answers of the same kind.
         paraphrase: The gold answer in other words; the answer itself where there is none.
         choices: Of a multiple-choice question.
+        steps: Values that a worked answer names on its way, where the data say so.
     """
 
     fact: str
@@ -50,6 +51,7 @@ class Question:
     wrong: tuple[str, ...] = ()
     paraphrase: str = ""
     choices: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
 
 
 def language_of(evidence: Evidence) -> Language:
@@ -128,6 +130,7 @@ def in_other_words(item: Mapping[str, Any]) -> list[Question]:
                 wrong=wrong,
                 paraphrase=answer,
                 choices=tuple(probe.get("choices") or ()),
+                steps=tuple(probe.get("steps") or ()),
             )
         )
     return made
