@@ -74,6 +74,14 @@ def questions(evidence: Evidence, part: str, limit: int | None = QUESTIONS) -> l
     return [plainly(item) for item in records.select(at)]
 
 
+def once_each(asked: Sequence[Question]) -> list[Question]:
+    """The first question of every fact, where data ask for the same relation of a subject in several wordings."""
+    kept: dict[tuple[str, str], Question] = {}
+    for item in asked:
+        kept.setdefault((item.subject, item.relation or item.fact), item)
+    return list(kept.values())
+
+
 def probes(
     evidence: Evidence, part: str, form: str | None = None, limit: int | None = QUESTIONS
 ) -> list[Question]:
