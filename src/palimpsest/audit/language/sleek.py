@@ -69,7 +69,8 @@ class Sleek:
         samples: Sampled replies besides the greedy one (the card's "5 at T = 0.7" is left to long runs).
         temperature: Of the samples.
         cue: How a question asks for steps, with {question}.
-        limit: Facts of each part at most.
+        limit: Forgotten facts at most.
+        retained: Retained facts at most.
         attacker: Who writes the prompts: "templates", or a chat model by name or folder.
         endpoint: A chat model behind HTTP, instead.
         max_new_tokens: Of each reply.
@@ -80,14 +81,15 @@ class Sleek:
     temperature: float = 0.7
     cue: str = CUE
     limit: int = 24
+    retained: int = 12
     attacker: str = TEMPLATES
     endpoint: ChatEndpoint | None = field(default=None)
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.each, self.limit, self.max_new_tokens) < 1 or self.samples < 0 or not self.temperature > 0:
+        if min(self.each, self.limit, self.retained, self.max_new_tokens) < 1 or self.samples < 0 or not self.temperature > 0:
             raise InvalidAudit(
-                f"each, limit and max_new_tokens must be at least 1, samples at least 0, temperature above 0: {self}."
+                f"each, limit, retained and max_new_tokens must be at least 1, samples at least 0, temperature above 0: {self}."
             )
         with_cue("How?", self.cue)
 
@@ -128,6 +130,7 @@ class Sleek:
             found = [fact for fact, known in zip(found, right, strict=True) if known]
         if part == "retain":  # only those that can be led to
             found = [fact for fact in found if fact.conclusions or fact.descriptions]
+            return spread(found, self.retained)
         return spread(found, self.limit)
 
     def _prompts(self, evidence: Evidence, facts: Sequence[Fact], part: str) -> Written:
