@@ -29,7 +29,7 @@ DIRECT = ("qa",)
 STEPS: dict[str, Any] = {"warmup": 0.0, "schedule": "constant", "batch_size": 10}
 REFUSING: dict[str, Any] = {**STEPS, "lr": 1e-3, "epochs": 6}
 """Refusal tuning on the plain questions: enough to silence most of them."""
-ASCENT: dict[str, Any] = {**STEPS, "lr": 3e-4, "epochs": 6, "gamma": 0.5}
+ASCENT: dict[str, Any] = {**STEPS, "lr": 1e-3, "epochs": 5, "gamma": 0.5}
 """Gradient difference."""
 LONG = 2
 """Times as many epochs for gradient difference on all forms."""
