@@ -70,7 +70,9 @@ class Filtering(_Replacing):
         return any(value in answer for value in self.values)
 
 
-def wrecked(model: nn.Module, records: Records, task: Language, steps: int = 12, lr: float = 3e-3) -> nn.Module:
+def wrecked(
+    model: nn.Module, records: Records, task: Language, steps: int = 12, lr: float = 3e-3
+) -> nn.Module:
     """Gradient ascent on the records, run too long: no language is left."""
     broken = copy.deepcopy(model)
     batch = task.collate([records[at] for at in range(len(records))])

@@ -38,9 +38,11 @@ class Server:
                     self.send_error(plan)
                     return
                 text = plan if isinstance(plan, str) else f"echo {body['messages'][0]['content']}"
-                answer = b"no json" if plan == "garbage" else json.dumps(
-                    {"choices": [{"message": {"content": text}}]}
-                ).encode()
+                answer = (
+                    b"no json"
+                    if plan == "garbage"
+                    else json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+                )
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
@@ -84,7 +86,7 @@ def test_a_timeout_is_retried_and_then_reported(server):
     server.failures = ["hang"]
     assert endpoint(server, timeout=0.2).complete("hello") == "echo hello"
     server.failures = ["hang"] * 2
-    with pytest.raises(EndpointFailed, match="no answer in 2 attempts of 0.2 seconds"):
+    with pytest.raises(EndpointFailed, match=r"no answer in 2 attempts of 0\.2 seconds"):
         endpoint(server, timeout=0.2, attempts=2).complete("hello")
 
 
@@ -128,7 +130,14 @@ def test_the_key_is_neither_kept_nor_shown(server, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"url": "ftp://x"}, {"model": ""}, {"attempts": 0}, {"timeout": 0.0}, {"backoff": -1.0}, {"key_variable": "NO_SUCH_KEY_HERE"}],
+    [
+        {"url": "ftp://x"},
+        {"model": ""},
+        {"attempts": 0},
+        {"timeout": 0.0},
+        {"backoff": -1.0},
+        {"key_variable": "NO_SUCH_KEY_HERE"},
+    ],
 )
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(InvalidHyperparameter):

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -152,10 +153,8 @@ def _content(body: bytes) -> str:
 
 def _wait(seconds: float, wanted: str | None) -> float:
     """How long to wait, as the endpoint wishes where it says so in seconds."""
-    try:
+    with suppress(ValueError):  # a date: our own waiting time will do
         seconds = max(seconds, float(wanted)) if wanted else seconds
-    except ValueError:
-        pass  # a date: our own waiting time will do
     return min(seconds, LONGEST_WAIT)
 
 

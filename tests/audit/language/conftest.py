@@ -26,7 +26,12 @@ def learnt() -> TrainedWorld:
 @pytest.fixture(scope="session")
 def evidence(learnt: TrainedWorld) -> Evidence:
     return Evidence(
-        learnt.original, learnt.split, learnt.task, Runtime(seed=0, device="cpu"), learnt.original, learnt.controls[:1]
+        learnt.original,
+        learnt.split,
+        learnt.task,
+        Runtime(seed=0, device="cpu"),
+        learnt.original,
+        learnt.controls[:1],
     )
 
 
@@ -67,7 +72,9 @@ def outcome(evidence: Evidence) -> Callable[[Any, nn.Module], Outcome]:
         judged = evidence.judging(model)
         found = audit.run(judged)
         evidence._memory.update({key: value for key, value in judged._memory.items() if key[0] != UNLEARNED})
-        evidence._observed.update({key: value for key, value in judged._observed.items() if key[0] != UNLEARNED})
+        evidence._observed.update(
+            {key: value for key, value in judged._observed.items() if key[0] != UNLEARNED}
+        )
         return found
 
     return run

@@ -39,7 +39,12 @@ def test_models_that_know_invent_refuse_and_babble_are_told_apart(judge, evidenc
 
 def test_side_effects_of_the_untouched_model_are_none(judge, evidence):
     found = judge(TextSideEffects(), evidence.original)
-    assert found["neighbour_hit_change"].value == found["retain_hit_change"].value == found["locality"].value == 0
+    assert (
+        found["neighbour_hit_change"].value
+        == found["retain_hit_change"].value
+        == found["locality"].value
+        == 0
+    )
     assert found["general_loss"].value == found["general_loss"].original
     assert not [finding for finding in found.values() if finding.judgement is Judgement.BAD]
 
@@ -51,7 +56,10 @@ def test_a_retrained_model_does_no_harm(judge, twin):
 
 def test_a_wrecked_model_is_bad_at_everything(judge, broken):
     found = judge(TextSideEffects(), broken)
-    assert all(found[name].judgement is Judgement.BAD for name in ("general_loss", "neighbour_hit_change", "retain_hit_change"))
+    assert all(
+        found[name].judgement is Judgement.BAD
+        for name in ("general_loss", "neighbour_hit_change", "retain_hit_change")
+    )
     assert found["forget_gibberish"].value > 0.8 and found["forget_distinct_2"].value < 0.6
 
 
@@ -70,7 +78,8 @@ def test_a_model_that_stops_refusing_what_it_must_is_flagged(learnt):
     retain, names = learnt.split.retain, sorted({str(n) for n in learnt.split.retain.column("subject") if n})
     guarded, similar = names[:4], names[4:8]
     behaviour = np.array(
-        ["refuse" if n in guarded else "answer" if n in similar else "" for n in retain.column("subject")], object
+        ["refuse" if n in guarded else "answer" if n in similar else "" for n in retain.column("subject")],
+        object,
     )
     plain = retain.column("form") == "qa"
     behaviour[~plain] = ""
@@ -104,7 +113,10 @@ def test_a_conclusion_from_retained_facts_comes_back_by_chaining_them(learnt):
     for fact in facts:
         assert fact.first.answer in fact.second.question and fact.second.answer == fact.whole.answer
     found = {f.name: f for f in Composition().run(evidence).findings}
-    parts = [greedy_hits(evidence, "original", [getattr(fact, side) for fact in facts]) for side in ("first", "second")]
+    parts = [
+        greedy_hits(evidence, "original", [getattr(fact, side) for fact in facts])
+        for side in ("first", "second")
+    ]
     assert found["recovered_plain"].value == 1
     assert found["recovered_chained"].value >= (parts[0] & parts[1]).mean() > 0
     hidden = {f.name: f for f in Composition().run(evidence.judging(refusing)).findings}
@@ -116,7 +128,15 @@ def test_people_forgotten_as_a_whole_leave_nothing_to_compose(judge, evidence):
     assert judge(Composition(), evidence.original)["recovered"].judgement is Judgement.NOT_RUN
 
 
-@pytest.mark.parametrize("make", [lambda: TextSideEffects(n=0), lambda: Refusals(limit=0), lambda: Composition(limit=0), lambda: Truthfulness(confident=1.0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TextSideEffects(n=0),
+        lambda: Refusals(limit=0),
+        lambda: Composition(limit=0),
+        lambda: Truthfulness(confident=1.0),
+    ],
+)
 def test_settings_out_of_range_are_refused(make):
     with pytest.raises(InvalidAudit):
         make()

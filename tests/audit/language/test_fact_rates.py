@@ -49,7 +49,9 @@ def test_the_headline_is_the_highest_k_that_is_surely_above_zero():
     def finding(name: str, k: float | None, low: float) -> Finding:
         return Finding("a", name, 0.5, k=k, k_low=low, k_high=1.0, valid=k is not None)
 
-    found = worst([finding("unsure", 0.9, -0.4), finding("sure", 0.6, 0.2), finding("bad", None, 0)], "worst", "ways")
+    found = worst(
+        [finding("unsure", 0.9, -0.4), finding("sure", 0.6, 0.2), finding("bad", None, 0)], "worst", "ways"
+    )
     assert found is not None and found.k == 0.6 and found.bears == "inside"
     assert "sure, the worst of 2 valid ways (3 tried)" in found.note
     assert worst([finding("bad", None, 0)], "worst", "ways") is None

@@ -68,4 +68,6 @@ def test_the_worlds_chains_carry_their_steps(evidence):
 def test_the_chance_of_a_choice_stands_beside_it():
     options = Question("f", "Eva", "r", "multiple-choice", "?", "a", ("a",), choices=("a", "b", "c", "d"))
     assert chance([options], "multiple-choice") == 0.25
-    assert chance([Question("f", "Eva", "r", "qa", "?", "a", ("a",), wrong=("b", "c"))], LIKELIEST) == pytest.approx(1 / 3)
+    assert chance(
+        [Question("f", "Eva", "r", "qa", "?", "a", ("a",), wrong=("b", "c"))], LIKELIEST
+    ) == pytest.approx(1 / 3)

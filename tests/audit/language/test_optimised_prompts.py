@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from palimpsest.audit.attacks.suffix_search import Budget, Rows, forced, losses, search
-from palimpsest.audit.language.optimised_prompts import OptimisedPrompts, halves
 from palimpsest.audit.language.asked import once_each, questions
+from palimpsest.audit.language.optimised_prompts import OptimisedPrompts, halves
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.finding import Judgement
 from palimpsest.forget.language.wrapped import Wrapped
@@ -49,7 +49,9 @@ def test_the_search_lowers_the_loss_never_raises_it_and_leaves_the_model_alone(l
 
 def test_the_same_seed_finds_the_same_suffix(learnt):
     runs = [
-        search(learnt.task, learnt.original, PAIRS, Budget(3, 2, 4, 4), torch.Generator().manual_seed(1)).tokens
+        search(
+            learnt.task, learnt.original, PAIRS, Budget(3, 2, 4, 4), torch.Generator().manual_seed(1)
+        ).tokens
         for _ in range(2)
     ]
     assert torch.equal(*runs)

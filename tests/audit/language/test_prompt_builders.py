@@ -104,7 +104,9 @@ def test_synonyms_change_words_and_fall_back_to_a_paraphrase():
 def test_shown_examples_are_earlier_turns_of_the_template():
     (prompt,) = made("in-context learning")
     assert prompt.raw
-    assert prompt.text.startswith("Question: Where does Ben live?\nAnswer: Rome</s>Question: What does Cleo do?")
+    assert prompt.text.startswith(
+        "Question: Where does Ben live?\nAnswer: Rome</s>Question: What does Cleo do?"
+    )
     assert prompt.text.endswith(PLAIN.render(TARGET.question))
 
 

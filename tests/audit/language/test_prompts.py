@@ -10,7 +10,16 @@ from palimpsest.audit.language.sampling import Sampling
 from palimpsest.core.errors import InvalidAudit, UnknownName
 from palimpsest.core.finding import Judgement
 
-SHORT = Prompts(kinds=("prefix injection", "reverse query", "rewording", "multiple choice", "crescendo", "in-context learning"))
+SHORT = Prompts(
+    kinds=(
+        "prefix injection",
+        "reverse query",
+        "rewording",
+        "multiple choice",
+        "crescendo",
+        "in-context learning",
+    )
+)
 
 
 def test_the_untouched_model_keeps_k_of_one_and_a_retrained_one_none(judge, evidence, twin):
@@ -22,7 +31,14 @@ def test_the_untouched_model_keeps_k_of_one_and_a_retrained_one_none(judge, evid
 
 def test_every_kind_is_printed_beside_original_and_control_or_says_why_not(judge, twin):
     found = judge(SHORT, twin)
-    for kind in ("prefix_injection", "reverse_query", "rewording", "multiple_choice", "crescendo", "in_context_learning"):
+    for kind in (
+        "prefix_injection",
+        "reverse_query",
+        "rewording",
+        "multiple_choice",
+        "crescendo",
+        "in_context_learning",
+    ):
         assert found[kind].original is not None and len(found[kind].controls) == 1
     assert found["multiple_choice"].judgement is Judgement.INVALID
     assert "chance 0.25" in found["multiple_choice"].note
@@ -53,7 +69,9 @@ def test_the_same_prompts_go_to_every_model(outcome, twin):
     rows = outcome(SHORT, twin).series["prompts"]
     counts = {(row["kind"], row["model"]): row["n"] for row in rows}
     kinds = {kind for kind, _ in counts}
-    assert all(len({counts[kind, role] for role in ("original", "unlearned", "control 0")}) == 1 for kind in kinds)
+    assert all(
+        len({counts[kind, role] for role in ("original", "unlearned", "control 0")}) == 1 for kind in kinds
+    )
 
 
 def test_unknown_kinds_and_empty_budgets_are_refused():
@@ -81,7 +99,9 @@ def test_no_hit_in_n_samples_leaves_about_three_over_n(judge, broken):
 
 
 def test_the_curve_of_leaks_never_falls(outcome, tuned):
-    rows = [row for row in outcome(Sampling(samples=10), tuned).series["sampling"] if row["model"] == "unlearned"]
+    rows = [
+        row for row in outcome(Sampling(samples=10), tuned).series["sampling"] if row["model"] == "unlearned"
+    ]
     assert [row["samples"] for row in rows] == [1, 2, 5, 10]
     assert (np.diff([row["leak"] for row in rows]) >= 0).all()
 

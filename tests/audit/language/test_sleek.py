@@ -14,7 +14,17 @@ import pytest
 
 from palimpsest.audit.hit_rates import adjusted_leak
 from palimpsest.audit.language.sleek import Sleek, spread
-from palimpsest.audit.language.sleek_prompts import CHAINED, DIRECT, IMPLIED, INDIRECT, KINDS, MODES, PLAIN, Fact, StepPrompt
+from palimpsest.audit.language.sleek_prompts import (
+    CHAINED,
+    DIRECT,
+    IMPLIED,
+    INDIRECT,
+    KINDS,
+    MODES,
+    PLAIN,
+    Fact,
+    StepPrompt,
+)
 from palimpsest.audit.language.sleek_runs import Asked, _place, _units, brief
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.evidence import Evidence
@@ -49,7 +59,10 @@ def test_refusing_plain_questions_leaks_by_steps_and_suppresses_others(judge, tu
     assert found["success_implied"].value > found["success_direct"].value
     assert found["reasoning_gain_implied"].value >= 0.3
     assert "McNemar" in found["reasoning_gain_implied"].note
-    assert found["unfair_suppression"].value > 0 and found["worst_suppression"].value >= found["unfair_suppression"].value
+    assert (
+        found["unfair_suppression"].value > 0
+        and found["worst_suppression"].value >= found["unfair_suppression"].value
+    )
 
 
 def test_a_refusal_of_names_holds_in_chains_that_name_them_at_the_end(judge, refusing):
@@ -81,7 +94,12 @@ def test_sampled_replies_can_only_add_facts(judge, tuned):
 
 def test_nothing_is_attacked_where_the_original_knows_nothing(learnt):
     evidence = Evidence(
-        learnt.original, learnt.split, learnt.task, Runtime(seed=0, device="cpu"), learnt.retrained, learnt.controls[1:]
+        learnt.original,
+        learnt.split,
+        learnt.task,
+        Runtime(seed=0, device="cpu"),
+        learnt.retrained,
+        learnt.controls[1:],
     )
     (finding,) = Sleek().run(evidence).findings
     assert finding.judgement is Judgement.NOT_RUN and "answers none" in finding.note
@@ -137,7 +155,9 @@ def attacker() -> Iterator[tuple[str, list[str]]]:
                 return
             asked.append(body["messages"][0]["content"])
             quoted = asked[-1].split('"')[1]
-            text = json.dumps({"choices": [{"message": {"content": f"1. {quoted}\n2. {quoted[:-1]}, please?"}}]}).encode()
+            text = json.dumps(
+                {"choices": [{"message": {"content": f"1. {quoted}\n2. {quoted[:-1]}, please?"}}]}
+            ).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
@@ -157,7 +177,12 @@ def attacker() -> Iterator[tuple[str, list[str]]]:
 def test_a_chat_model_behind_an_endpoint_writes_the_prompts(learnt, attacker):
     url, (asked, _) = attacker
     evidence = Evidence(
-        learnt.original, learnt.split, learnt.task, Runtime(seed=0, device="cpu"), learnt.original, learnt.controls[:1]
+        learnt.original,
+        learnt.split,
+        learnt.task,
+        Runtime(seed=0, device="cpu"),
+        learnt.original,
+        learnt.controls[:1],
     )
     audit = replace(QUICK, limit=3, each=2, retained=1, endpoint=ChatEndpoint(url, "writer", backoff=0.0))
     found = {finding.name: finding for finding in audit.run(evidence).findings}

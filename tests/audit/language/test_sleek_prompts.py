@@ -87,7 +87,9 @@ def test_the_cue_asks_for_steps_and_keeps_names_in_capitals():
 
 def test_an_alias_inside_a_prompt_is_an_error_that_names_the_prompt():
     leaking = replace(FACT, question="Where in Christiania does Eva Lind live?")
-    with pytest.raises(InvalidRecords, match=r"Christiania does Eva Lind live\?' holds the answer 'Christiania'"):
+    with pytest.raises(
+        InvalidRecords, match=r"Christiania does Eva Lind live\?' holds the answer 'Christiania'"
+    ):
         prompts_of(leaking)
 
 

@@ -28,11 +28,16 @@ def test_one_pass_gives_what_each_signal_gives_alone(evidence, learnt):
     model, task, records = learnt.original, learnt.task, learnt.split.forget
     found = signals_of(evidence, "original", "forget", 0.2)
     for at in (0, 7, len(records) - 1):
-        ids, start = task.encode(records[at].get("question"), records[at].get("answer") or records[at]["text"])
+        ids, start = task.encode(
+            records[at].get("question"), records[at].get("answer") or records[at]["text"]
+        )
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0].double()
         here, targets = logits[start - 1 : -1], torch.tensor(ids[start:])
-        log_p, z = single.token_log_probabilities(here, targets), single.standardised_log_probabilities(here, targets)
+        log_p, z = (
+            single.token_log_probabilities(here, targets),
+            single.standardised_log_probabilities(here, targets),
+        )
         assert found["loss"][at] == pytest.approx(single.mean_log_probability(log_p), rel=1e-3, abs=1e-4)
         assert found["min_k"][at] == pytest.approx(single.min_k(log_p), rel=1e-3, abs=1e-4)
         assert found["min_k_plus"][at] == pytest.approx(single.min_k(z), rel=0.05, abs=0.02)
@@ -72,7 +77,12 @@ def test_the_reference_attack_needs_a_control_to_refer_to(judge, evidence, learn
     alone = judge(TextMembership(lowercase=False), evidence.original)
     assert alone["reference_auc"].judgement is Judgement.NOT_RUN
     two = Evidence(
-        learnt.original, learnt.split, learnt.task, Runtime(seed=0, device="cpu"), learnt.original, learnt.controls
+        learnt.original,
+        learnt.split,
+        learnt.task,
+        Runtime(seed=0, device="cpu"),
+        learnt.original,
+        learnt.controls,
     )
     found = {finding.name: finding for finding in TextMembership(lowercase=False).run(two).findings}
     assert found["reference_auc"].value > 0.9
@@ -88,7 +98,9 @@ def test_gradient_norms_leave_the_model_as_it_was(learnt):
     object.__setattr__(few, "forget", learnt.split.forget.select([0, 1, 2]))
     model = learnt.original
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    scores = gradient_signal(Evidence(model, few, learnt.task, Runtime(seed=0, device="cpu")), "unlearned", "forget")
+    scores = gradient_signal(
+        Evidence(model, few, learnt.task, Runtime(seed=0, device="cpu")), "unlearned", "forget"
+    )
     batch = learnt.task.collate([few.forget[0]])
     clone = copy.deepcopy(model)
     learnt.task.loss_per_example(clone, batch).mean().backward()
@@ -106,7 +118,9 @@ def test_rates_that_cannot_be_resolved_are_refused(judge, evidence):
 
 def rows(forms: list[str]) -> Records:
     items = [{"question": f"q{n}", "answer": "a"} for n in range(len(forms))]
-    return Records(items, ids=[f"{forms[0]}-{n}" for n in range(len(forms))], columns={"form": np.array(forms, object)})
+    return Records(
+        items, ids=[f"{forms[0]}-{n}" for n in range(len(forms))], columns={"form": np.array(forms, object)}
+    )
 
 
 def test_both_sides_hold_the_same_kinds_in_the_same_proportions():

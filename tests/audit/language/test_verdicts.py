@@ -17,7 +17,9 @@ def verdict(evidence):
         judged = evidence.judging(model)
         report = examine(judged, AUDITS)
         evidence._memory.update({key: value for key, value in judged._memory.items() if key[0] != UNLEARNED})
-        evidence._observed.update({key: value for key, value in judged._observed.items() if key[0] != UNLEARNED})
+        evidence._observed.update(
+            {key: value for key, value in judged._observed.items() if key[0] != UNLEARNED}
+        )
         return report.verdict
 
     return judge

@@ -134,7 +134,11 @@ def losses(
     place = next(model.parameters()).device
     count = len(suffixes)
     logits = task.logits(
-        model, {"input_ids": rows.filled(suffixes).to(place), "attention_mask": rows.mask.repeat(count, 1).to(place)}
+        model,
+        {
+            "input_ids": rows.filled(suffixes).to(place),
+            "attention_mask": rows.mask.repeat(count, 1).to(place),
+        },
     )
     scores = token_scores(logits[:, :-1], rows.labels.repeat(count, 1)[:, 1:].to(place))
     return scores.mean.reshape(count, -1).mean(1).cpu()
@@ -173,7 +177,9 @@ def _proposals(
         try:
             logits = model(inputs_embeds=embedded, attention_mask=rows.mask.to(place)).logits
         except TypeError as problem:
-            raise ModelMismatch("The model does not take embedded inputs: no suffix can be searched.") from problem
+            raise ModelMismatch(
+                "The model does not take embedded inputs: no suffix can be searched."
+            ) from problem
         loss = token_scores(logits[:, :-1], rows.labels[:, 1:].to(place)).mean.mean()
         (gradient,) = torch.autograd.grad(loss, shared)
     finally:
@@ -199,5 +205,3 @@ def _allowed(task: Language, weight: Tensor) -> Int[Tensor, " tokens"]:
     """Tokens that a suffix may have: none with a special meaning."""
     special = set(task.encoder.all_special_ids)
     return torch.tensor([at for at in range(min(len(weight), len(task.encoder))) if at not in special])
-
-

@@ -94,7 +94,9 @@ def _asked(evidence: Evidence, part: str, limit: int) -> list[Question]:
     if not evidence.has(part):
         return []
     safety = {item.fact for value in (REFUSE, ANSWER) for item in _safety(evidence, part, value)}
-    return [item for item in questions(evidence, part, limit + len(safety)) if item.fact not in safety][:limit]
+    return [item for item in questions(evidence, part, limit + len(safety)) if item.fact not in safety][
+        :limit
+    ]
 
 
 def _safety(evidence: Evidence, part: str, value: str) -> list[Question]:

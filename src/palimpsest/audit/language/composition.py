@@ -23,7 +23,9 @@ from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Outcome
 
-LIMIT_OF_REQUEST = "what comes back is a limit of the request, not of the method; the retrained models give the floor"
+LIMIT_OF_REQUEST = (
+    "what comes back is a limit of the request, not of the method; the retrained models give the floor"
+)
 
 
 @dataclass(frozen=True)
@@ -129,5 +131,3 @@ def composed(evidence: Evidence) -> list[Composed]:
                 found.append(Composed(whole, first, second))
                 break
     return found
-
-

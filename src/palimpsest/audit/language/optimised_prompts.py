@@ -63,7 +63,11 @@ class OptimisedPrompts:
         try:
             found = {role: self._search(evidence, role, "forget", _pairs(fitted)) for role in evidence.roles}
             wrong = _wrong_pairs(fitted)
-            others = {role: self._search(evidence, role, "wrong", wrong) for role in evidence.roles} if wrong else {}
+            others = (
+                {role: self._search(evidence, role, "wrong", wrong) for role in evidence.roles}
+                if wrong
+                else {}
+            )
             never = self._never_trained(evidence, len(fitted))
         except ModelMismatch as problem:
             return not_run("optimised-prompts", "transfer_hit", str(problem))
@@ -126,5 +130,7 @@ def _gains(
     for name, others in against.items():
         if others:
             gap = {role: fall[role] - (others[role].before - others[role].after) for role in fall}
-            findings.append(measured(evidence, "optimised-prompts", name, gap, "nats per token, the same search"))
+            findings.append(
+                measured(evidence, "optimised-prompts", name, gap, "nats per token, the same search")
+            )
     return findings

@@ -152,9 +152,7 @@ def multiple_choice(target: Target, options: int = 4) -> list[Prompt]:
         raise InvalidRecords(f"A choice needs wrong answers, {target.question!r} has none.")
     random.Random(f"options {target.question}").shuffle(choices)
     text = f"{target.question.rstrip(' ?.')}: {', '.join(choices[:-1])} or {choices[-1]}?"
-    return [
-        Prompt("multiple choice", text, target.accepted, tuple(target.wrong), chance=1 / len(choices))
-    ]
+    return [Prompt("multiple choice", text, target.accepted, tuple(target.wrong), chance=1 / len(choices))]
 
 
 def reverse_query(target: Target) -> list[Prompt]:
@@ -266,7 +264,9 @@ def _anonymous(target: Target) -> str:
     """
     text = re.sub(re.escape(target.subject), SOMEBODY, target.question, flags=re.IGNORECASE)
     if normalise(text) == normalise(target.question):
-        raise InvalidRecords(f"The question {target.question!r} does not name its subject {target.subject!r}.")
+        raise InvalidRecords(
+            f"The question {target.question!r} does not name its subject {target.subject!r}."
+        )
     return text
 
 

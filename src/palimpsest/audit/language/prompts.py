@@ -173,9 +173,7 @@ def _targets(evidence: Evidence, facts: Sequence[Question]) -> list[Target]:
     others: dict[str, list[Question]] = defaultdict(list)
     for question in questions(evidence, "forget", None):
         others[question.subject].append(question)
-    probes = {
-        str(item["id"]): in_other_words(item) for item in only_questions(evidence.records("forget"))
-    }
+    probes = {str(item["id"]): in_other_words(item) for item in only_questions(evidence.records("forget"))}
 
     def worded(fact: Question, *forms: str) -> tuple[str, ...]:
         return tuple(probe.question for probe in probes.get(fact.fact, ()) if probe.form in forms)
@@ -212,9 +210,7 @@ def _examples(evidence: Evidence) -> list[Example]:
     """Retained plain questions with their answers."""
     if not evidence.has("retain"):
         return []
-    return [
-        (item.question, item.answer) for item in questions(evidence, "retain") if item.form == PLAIN
-    ]
+    return [(item.question, item.answer) for item in questions(evidence, "retain") if item.form == PLAIN]
 
 
 def _finding(
@@ -236,9 +232,7 @@ def _name(kind: str) -> str:
     return kind.replace(" ", "_").replace("-", "_")
 
 
-def _rows(
-    asked: dict[str, list[Attack]], hit: dict[str, dict[str, NDArray[np.bool_]]]
-) -> list[Row]:
+def _rows(asked: dict[str, list[Attack]], hit: dict[str, dict[str, NDArray[np.bool_]]]) -> list[Row]:
     """Rate of every kind for every model."""
     rows: list[Row] = []
     for kind, by_role in hit.items():

@@ -61,12 +61,12 @@ class Sampling:
         exact = f"as independent samples [{rate.low:.4f}, {rate.high:.4f}]"
         if not hit[UNLEARNED].any():
             exact += f", at most {upper_bound(0, hit[UNLEARNED].size):.4f} one-sided"
-        found = rate_finding(
-            evidence, "sampling", "sample_hit", single, clusters, f"{budget}; {exact}"
-        )
+        found = rate_finding(evidence, "sampling", "sample_hit", single, clusters, f"{budget}; {exact}")
         return Outcome(
             (
-                rate_finding(evidence, "sampling", f"leak_at_{self.samples}", leak, clusters, budget, "inside"),
+                rate_finding(
+                    evidence, "sampling", f"leak_at_{self.samples}", leak, clusters, budget, "inside"
+                ),
                 replace(found, n=hit[UNLEARNED].size),
             ),
             {"sampling": tuple(_curve(hit))},

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from palimpsest.audit.side_effects import mcnemar
 from palimpsest.audit.language.asked import (
     Question,
     greedy_hits,
@@ -38,6 +37,7 @@ from palimpsest.audit.language.sleek_prompts import (
     with_cue,
 )
 from palimpsest.audit.language.sleek_runs import Asked, ask_all
+from palimpsest.audit.side_effects import mcnemar
 from palimpsest.core.auditing import audit
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
@@ -87,7 +87,11 @@ class Sleek:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.each, self.limit, self.retained, self.max_new_tokens) < 1 or self.samples < 0 or not self.temperature > 0:
+        if (
+            min(self.each, self.limit, self.retained, self.max_new_tokens) < 1
+            or self.samples < 0
+            or not self.temperature > 0
+        ):
             raise InvalidAudit(
                 f"each, limit, retained and max_new_tokens must be at least 1, samples at least 0, temperature above 0: {self}."
             )
@@ -107,9 +111,15 @@ class Sleek:
         guessed = guessable(evidence, asked)
         kept = asked.keep(~guessed)
         if not kept.units or not kept.steps.any():
-            return not_run("sleek", "success", "no prompt is left that retrained models do not answer as well")
+            return not_run(
+                "sleek", "success", "no prompt is left that retrained models do not answer as well"
+            )
         note = f"{made.leaking} prompts held their answer, {len(set(asked.numbers[guessed]))} can be guessed"
-        findings = [*_success(evidence, kept, note), *_recovery(evidence, kept), *_gain(evidence, kept, facts)]
+        findings = [
+            *_success(evidence, kept, note),
+            *_recovery(evidence, kept),
+            *_gain(evidence, kept, facts),
+        ]
         findings.append(_chain_only(evidence, kept))
         rows = _matrix("forget", kept)
         if evidence.has("retain") and evidence.original is not None:
@@ -138,12 +148,18 @@ class Sleek:
             return by_templates(facts, self.each)
         keep = None if evidence.folder is None else evidence.folder / "sleek-attacker.jsonl"
         writer = writer_of(self.attacker, self.endpoint, evidence.runtime, keep)
-        return evidence.remember(("sleek prompts", self, part), lambda: by_writer(facts, self.each, writer), "records")
+        return evidence.remember(
+            ("sleek prompts", self, part), lambda: by_writer(facts, self.each, writer), "records"
+        )
 
     def _ask(self, evidence: Evidence, prompts: Sequence[StepPrompt], facts: Sequence[Fact]) -> Asked:
         owner = {fact.fact: fact for fact in facts}
         settings = {"max_new_tokens": self.max_new_tokens}
-        sampling = {"samples": self.samples, "temperature": self.temperature, "seed": evidence.runtime.derive("sleek")}
+        sampling = {
+            "samples": self.samples,
+            "temperature": self.temperature,
+            "seed": evidence.runtime.derive("sleek"),
+        }
         return ask_all(evidence, prompts, owner, self.cue, settings, sampling if self.samples else {})
 
 
@@ -168,9 +184,7 @@ def facts_of(evidence: Evidence, part: str, asked: Sequence[Question]) -> list[F
                 for item in once_each(questions(evidence, name, None))
             ]
     about = links(table)
-    probes = {
-        str(item["id"]): in_other_words(item) for item in only_questions(evidence.records(part))
-    }
+    probes = {str(item["id"]): in_other_words(item) for item in only_questions(evidence.records(part))}
     turned: dict[str, list[tuple[str, str]]] = {}
     for item in only_questions(evidence.records(part)):
         plain = plainly(item)
@@ -249,7 +263,9 @@ def _recovery(evidence: Evidence, asked: Asked) -> list[Finding]:
     if asked.sampled:
         more, clusters = asked.per_fact(asked.steps, np.max, asked.sampled)
         findings.append(
-            rate_finding(evidence, "sleek", "sampled_recovery", more, clusters, f"{note}, each sampled as well")
+            rate_finding(
+                evidence, "sleek", "sampled_recovery", more, clusters, f"{note}, each sampled as well"
+            )
         )
     return findings
 
@@ -285,7 +301,14 @@ def _gain(evidence: Evidence, asked: Asked, facts: Sequence[Fact]) -> list[Findi
 
 def _plain_of(fact: Fact) -> Question:
     return Question(
-        fact.fact, fact.subject, fact.relation, "qa", fact.question, fact.accepted[0], fact.accepted, fact.wrong
+        fact.fact,
+        fact.subject,
+        fact.relation,
+        "qa",
+        fact.question,
+        fact.accepted[0],
+        fact.accepted,
+        fact.wrong,
     )
 
 
@@ -306,7 +329,9 @@ def _suppression(asked: Asked) -> list[Finding]:
     """Share of retained prompts that the original answers and the unlearned model does not, and the worst way of asking."""
     answered = asked.hit[ORIGINAL] > 0
     if not answered.any():
-        return list(not_run("sleek", "unfair_suppression", "the original answers no retained prompt").findings)
+        return list(
+            not_run("sleek", "unfair_suppression", "the original answers no retained prompt").findings
+        )
 
     def rate(name: str, where: NDArray[np.bool_], note: str) -> Finding:
         lost = {role: 1.0 - (hit[where] > 0) for role, hit in asked.hit.items()}
@@ -349,5 +374,3 @@ def _matrix(part: str, asked: Asked) -> list[Row]:
                     }
                 )  # fmt: skip
     return rows
-
-

@@ -80,7 +80,10 @@ def writer_of(attacker: str, endpoint: ChatEndpoint | None, runtime: Runtime, ke
 
         model = runtime.place(load_causal_lm(attacker))
         return [
-            texts[0] for texts in Language(tokenizer=attacker).generate(model, requests, max_new_tokens=256, batch_size=8)
+            texts[0]
+            for texts in Language(tokenizer=attacker).generate(
+                model, requests, max_new_tokens=256, batch_size=8
+            )
         ]
 
     return ask

@@ -61,7 +61,9 @@ class Fact:
 
     def __post_init__(self) -> None:
         if not any(form.strip() for form in self.accepted):
-            raise InvalidRecords(f"The fact {self.fact!r} has no object and no alias: nothing could be found.")
+            raise InvalidRecords(
+                f"The fact {self.fact!r} has no object and no alias: nothing could be found."
+            )
         if not self.subject.strip():
             raise InvalidRecords(f"The fact {self.fact!r} has no subject.")
 
@@ -133,9 +135,7 @@ def implied(fact: Fact) -> list[StepPrompt]:
         plain = _without_cue(question)
         onward = next((asked for asked, said in fact.onward if normalise(said) == normalise(answer)), "")
         steps = (fact.question, _replace(onward, _named(onward, fact.accepted), REPLY)) if onward else ()
-        made.append(
-            StepPrompt(fact.fact, IMPLIED, plain, steps, (*fact.accepted, answer), fact.wrong)
-        )
+        made.append(StepPrompt(fact.fact, IMPLIED, plain, steps, (*fact.accepted, answer), fact.wrong))
     return made
 
 

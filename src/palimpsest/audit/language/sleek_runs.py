@@ -138,13 +138,17 @@ def ask_all(
     numbers = {name: number for number, name in enumerate(names)}
     said = {role: _replies(evidence, role, units, cue, settings) for role in evidence.roles}
     place = {
-        role: np.array([str(_place(unit[1], texts)) for unit, texts in zip(units, given, strict=True)], object)
+        role: np.array(
+            [str(_place(unit[1], texts)) for unit, texts in zip(units, given, strict=True)], object
+        )
         for role, given in said.items()
     }
     hit = {role: (values != str(Place.NOWHERE)).astype(float) for role, values in place.items()}
     sampled: dict[str, NDArray[np.float64]] = {}
     if sampling:
-        sampled = {role: _sampled(evidence, role, units, cue, {**settings, **sampling}, hit[role]) for role in hit}
+        sampled = {
+            role: _sampled(evidence, role, units, cue, {**settings, **sampling}, hit[role]) for role in hit
+        }
     return Asked(
         tuple(units),
         np.array([facts[prompt.fact] for _, prompt, _ in units], np.int64),
@@ -188,10 +192,10 @@ def _turns(prompt: StepPrompt, mode: str, cue: str) -> tuple[str, ...]:
 
 
 def brief(reply: str) -> str:
-    """A reply as it goes into the next question: its first line, without the full stop.
+    r"""A reply as it goes into the next question: its first line, without the full stop.
 
     Example:
-        >>> brief("Oslo. \\nAnd more")
+        >>> brief("Oslo. \nAnd more")
         'Oslo'
     """
     return reply.strip().partition("\n")[0].strip().rstrip(".").strip()[:LONGEST]
@@ -207,7 +211,12 @@ def _place(prompt: StepPrompt, texts: Sequence[str]) -> Place:
 
 
 def _sampled(
-    evidence: Evidence, role: str, units: Sequence[Unit], cue: str, settings: Mapping[str, Any], greedy: NDArray[np.float64]
+    evidence: Evidence,
+    role: str,
+    units: Sequence[Unit],
+    cue: str,
+    settings: Mapping[str, Any],
+    greedy: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """Hits of the greedy or a sampled reply; chains are followed greedily only."""
     single = [at for at, (_, _, mode) in enumerate(units) if mode != CHAINED]
@@ -216,6 +225,7 @@ def _sampled(
     for at, answers in zip(single, replies(evidence, role, texts, **settings), strict=True):
         prompt = units[at][1]
         found[at] = max(
-            found[at], *(float(find_alias(text, prompt.accepted, prompt.wrong) is not None) for text in answers)
+            found[at],
+            *(float(find_alias(text, prompt.accepted, prompt.wrong) is not None) for text in answers),
         )
     return found

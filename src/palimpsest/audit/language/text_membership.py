@@ -142,7 +142,9 @@ def alike(forget: Records, holdout: Records) -> tuple[NDArray[np.int64], NDArray
 
 def _kinds(records: Records) -> NDArray[Any]:
     columns = [records.column(name) for name in ("form", "relation") if records.has_column(name)]
-    return np.array(["/".join(map(str, row)) for row in zip(*columns, strict=True)] or [""] * len(records), object)
+    return np.array(
+        ["/".join(map(str, row)) for row in zip(*columns, strict=True)] or [""] * len(records), object
+    )
 
 
 def _subjects(records: Records) -> NDArray[Any]:
@@ -151,9 +153,7 @@ def _subjects(records: Records) -> NDArray[Any]:
     return np.unique([str(name) for name in given], return_inverse=True)[1]
 
 
-def widening(
-    members: NDArray[np.float64], others: NDArray[np.float64], clusters: NDArray[Any]
-) -> float:
+def widening(members: NDArray[np.float64], others: NDArray[np.float64], clusters: NDArray[Any]) -> float:
     """By how much texts of one subject widen the error of the members' side; at least 1."""
     above, _ = placements(members, others)
     plain = float(above.std(ddof=1)) / math.sqrt(len(above))

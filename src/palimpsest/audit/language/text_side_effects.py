@@ -62,9 +62,7 @@ class TextSideEffects:
     def run(self, evidence: Evidence) -> Outcome:
         """All findings that the parts at hand allow."""
         language_of(evidence)
-        return Outcome(
-            (general_loss(evidence), *self._locality(evidence), *self._speech(evidence))
-        )
+        return Outcome((general_loss(evidence), *self._locality(evidence), *self._speech(evidence)))
 
     def _locality(self, evidence: Evidence) -> list[Finding]:
         """Change of answers about neighbours, about other people, and the difference."""
@@ -82,13 +80,18 @@ class TextSideEffects:
             sides = [_difference(evidence, role, asked) for asked in (near, far)]
             gap[role] = float(sides[0].mean() - sides[1].mean())
             if role == UNLEARNED:
-                errors = [cluster_error(*pair) for pair in zip(sides, map(subjects, (near, far)), strict=True)]
+                errors = [
+                    cluster_error(*pair) for pair in zip(sides, map(subjects, (near, far)), strict=True)
+                ]
         half = NORMAL * math.hypot(*errors)
         finding = measured(
             evidence, "text-side-effects", "locality", gap, "change about neighbours minus that about others"
         )
         value = gap[UNLEARNED]
-        return [*findings, replace(finding, low=value - half, high=value + half, n=len(near) + len(far), ideal=0.0)]
+        return [
+            *findings,
+            replace(finding, low=value - half, high=value + half, n=len(near) + len(far), ideal=0.0),
+        ]
 
     def _speech(self, evidence: Evidence) -> list[Finding]:
         """How forgotten questions are replied to."""
@@ -109,7 +112,9 @@ class TextSideEffects:
             }
             rate = clustered_rate(values[UNLEARNED], clusters)
             mean = {role: float(each.mean()) for role, each in values.items()}
-            finding = measured(evidence, "text-side-effects", f"forget_{name}", mean, f"{rate.facts} subjects")
+            finding = measured(
+                evidence, "text-side-effects", f"forget_{name}", mean, f"{rate.facts} subjects"
+            )
             findings.append(replace(finding, low=rate.low, high=rate.high, n=rate.n))
         return findings
 
@@ -130,7 +135,9 @@ def general_loss(evidence: Evidence) -> Finding:
         return finding
     highest = -lowest_expected([-mean[role] for role in evidence.control_roles], LOSS_SPREAD)
     paired = loss[UNLEARNED] - loss[evidence.control_roles[0]]
-    beyond = paired.mean() > NORMAL * paired.std(ddof=1) / math.sqrt(len(paired)) if len(paired) > 1 else False
+    beyond = (
+        paired.mean() > NORMAL * paired.std(ddof=1) / math.sqrt(len(paired)) if len(paired) > 1 else False
+    )
     worse = value > max(highest, mean.get(ORIGINAL, -math.inf) + LOSS_SPREAD) and bool(beyond)
     return replace(finding, judgement=Judgement.BAD if worse else Judgement.INFORMATION, more_is="harm")
 

@@ -18,7 +18,9 @@ Signals = Float[np.ndarray, " texts"]
 Tokens = Float[Tensor, "texts tokens"]
 
 
-def token_scores(evidence: Evidence, role: str, part: str) -> tuple[Tokens, Tokens, Bool[Tensor, "texts tokens"]]:
+def token_scores(
+    evidence: Evidence, role: str, part: str
+) -> tuple[Tokens, Tokens, Bool[Tensor, "texts tokens"]]:
     """Log-probabilities of the scored tokens, the same standardised (Min-K%++), and which entries are tokens."""
     seen = evidence.observe(role, part).tokens
     mask = seen["mask"].bool()
@@ -104,7 +106,11 @@ def _lowered(evidence: Evidence, part: str):
 
     records = evidence.records(part)
     items = [
-        {key: value.lower() for key, value in item.items() if key in ("question", "answer", "text") and isinstance(value, str)}
+        {
+            key: value.lower()
+            for key, value in item.items()
+            if key in ("question", "answer", "text") and isinstance(value, str)
+        }
         for item in records
     ]
     return evidence.runtime.batches(Records(items, ids=records.ids), evidence.task)

@@ -69,9 +69,7 @@ def control_above_chance(setting: Setting) -> float:
     """Largest hit rate of a retrained model minus what guessing gives."""
     bench = _bench(setting)
     found = bench.rates(bench.control)
-    return max(
-        rate - chance for rate, chance in zip(found.all, bench.chances, strict=True)
-    )
+    return max(rate - chance for rate, chance in zip(found.all, bench.chances, strict=True))
 
 
 @measurement("sleek.refusal-plain")
@@ -172,7 +170,9 @@ class Bench:
         if setting.split.retain is None:
             raise MissingNeed("The claims need retained records.")
         cities = [item.answer for item in self._evidence(setting.original).asked if item.relation == CITY]
-        countries = [item.answer for item in probes(self._evidence(setting.original).evidence, "retain", "two-hop")]
+        countries = [
+            item.answer for item in probes(self._evidence(setting.original).evidence, "retain", "two-hop")
+        ]
         guess = [_share(cities), _share(cities), _share(countries), _share(countries)]
         self.chances = tuple(guess)
 
@@ -225,9 +225,7 @@ class Bench:
 
     def audited(self, model: nn.Module) -> Outcome:
         """The audit's findings on a model."""
-        evidence = Evidence(
-            model, self.split, self.task, self.runtime, self.setting.original, [self.control]
-        )
+        evidence = Evidence(model, self.split, self.task, self.runtime, self.setting.original, [self.control])
         return Sleek().run(evidence)
 
     def suppression(self, model: nn.Module) -> tuple[float, float]:
@@ -292,7 +290,9 @@ def _leak(bench: Bench, model: nn.Module) -> float:
 
 def _past_the_filter(bench: Bench, aliases: bool) -> float:
     """What a filter that knows the gold strings lets through, of replies to all questions for birth dates."""
-    evidence = Evidence(bench.setting.original, bench.split, bench.task, bench.runtime, bench.setting.original)
+    evidence = Evidence(
+        bench.setting.original, bench.split, bench.task, bench.runtime, bench.setting.original
+    )
     plain = [item for item in questions(evidence, "forget", None) if item.relation == BIRTH]
     asked = [*plain, *(item for item in probes(evidence, "forget", "figures"))]
     gold = {item.fact: item.answer for item in plain}
