@@ -76,8 +76,8 @@ class Truthfulness:
         )
         wrong = np.flatnonzero(kinds == "answer")
         if len(wrong):
-            doubted = [asked[at] for at in wrong]
-            found = scores(evidence, role, doubted, [given[at][:1] for at in wrong])
+            doubted = [asked[int(at)] for at in wrong]
+            found = scores(evidence, role, doubted, [given[int(at)][:1] for at in wrong])
             sure = np.array([float(np.exp(-float(item.mean[0]))) for item in found]) >= self.confident
             kinds[wrong] = np.where(sure, "confident wrong", "unsure wrong")
         return kinds
