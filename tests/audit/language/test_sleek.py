@@ -14,6 +14,7 @@ import pytest
 
 from palimpsest.audit.hit_rates import adjusted_leak
 from palimpsest.audit.language.sleek import Sleek, spread
+from palimpsest.audit.language.sleek_attacker import writer_of
 from palimpsest.audit.language.sleek_prompts import (
     CHAINED,
     DIRECT,
@@ -142,7 +143,7 @@ def test_few_facts_are_taken_of_as_many_subjects_as_there_are():
 
 
 @pytest.fixture
-def attacker() -> Iterator[tuple[str, list[str]]]:
+def attacker() -> Iterator[tuple[str, list[str], list[int]]]:
     """An endpoint that writes questions, or fails after as many answers as it is told."""
     asked: list[str] = []
     limit: list[int] = [10**6]
@@ -168,14 +169,13 @@ def attacker() -> Iterator[tuple[str, list[str]]]:
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-    asked_and_limit: Any = asked
-    yield f"http://127.0.0.1:{http.server_address[1]}/v1", [asked_and_limit, limit]  # type: ignore[misc]
+    yield f"http://127.0.0.1:{http.server_address[1]}/v1", asked, limit
     http.shutdown()
     http.server_close()
 
 
 def test_a_chat_model_behind_an_endpoint_writes_the_prompts(learnt, attacker):
-    url, (asked, _) = attacker
+    url, asked, _ = attacker
     evidence = Evidence(
         learnt.original,
         learnt.split,
@@ -190,8 +190,17 @@ def test_a_chat_model_behind_an_endpoint_writes_the_prompts(learnt, attacker):
     assert found["plain"].value > 0 and found["success"].n == 3
 
 
+def test_a_model_in_a_folder_writes_what_it_would_answer(learnt, tmp_path):
+    learnt.original.save_pretrained(tmp_path)
+    learnt.task.encoder.save_pretrained(tmp_path)
+    runtime = Runtime(seed=0, device="cpu")
+    item = next(item for item in learnt.split.retain if item.get("answer"))
+    writer = writer_of(str(tmp_path), None, runtime, None)
+    assert writer([item["question"]]) == learnt.task.generate(learnt.original, [item["question"]])[0]
+
+
 def test_an_endpoint_that_falls_silent_is_reported_and_what_it_wrote_is_kept(learnt, attacker, tmp_path):
-    url, (asked, limit) = attacker
+    url, asked, limit = attacker
     limit[0] = 4
     evidence = Evidence(
         learnt.original, learnt.split, learnt.task, Runtime(seed=0, device="cpu"), learnt.original, learnt.controls[:1],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from palimpsest.audit.answers import normalise
 from palimpsest.audit.language.asked import (
@@ -79,7 +79,7 @@ class Composition:
             )
             for name, ask in ways.items()
         ]  # fmt: skip
-        return Outcome(tuple(replace(finding, more_is="knowledge") for finding in findings))
+        return Outcome(tuple(findings))
 
     def _plain(self, evidence: Evidence, role: str, found: Sequence[Composed]) -> list[list[str]]:
         return replies(evidence, role, [item.whole for item in found])
