@@ -4,7 +4,8 @@ The rules in order; the first that applies decides. "Outputs", "inside" and so o
 on (`Finding.bears`); K is the scale of `core.scale`, 0 as a retrained model, 1 as the original. A finding
 counts only if its probe is valid, that is, if original and retrained models differ clearly in it.
 
-1. **intact** by identity: the outputs are the original's on every record.
+1. **intact** by identity: the outputs are the original's on every record, and so is every finding on the
+   outputs (a filter of generated replies leaves likelihoods as they are).
 2. **inconclusive**: no retrained control, or fewer than `FEWEST_RECORDS` records to forget.
 3. **damaged**: on retained or test records (without the forgotten classes) the model is worse than both the
    original and the controls by more than `DAMAGE`, beyond sampling error and the spread of the controls; or
@@ -102,7 +103,7 @@ def judge(findings: Sequence[Finding], records: int) -> Judgment:
     """
     by_key = {finding.key: finding for finding in findings}
     change = next((by_key[key] for key in CHANGES if key in by_key), None)
-    if change is not None and change.value == 0:
+    if change is not None and change.value == 0 and not _replies_differ(findings):
         return _say(Verdict.INTACT, "The outputs are the original's on every record: nothing was forgotten.")
     known = [finding for finding in findings if finding.valid and finding.k is not None]
     outputs = [finding for finding in known if finding.bears == "outputs"]
@@ -147,6 +148,17 @@ def judge(findings: Sequence[Finding], records: int) -> Judgment:
         Verdict.REMOVED,
         *(_quote(finding, "as retrained") for finding in [*outputs, *looked]),
         "This is the absence of a trace under the audits listed, not a proof.",
+    )
+
+
+def _replies_differ(findings: Sequence[Finding]) -> bool:
+    """Whether some finding on the outputs is another than the original's."""
+    return any(
+        finding.bears == "outputs"
+        and finding.value is not None
+        and finding.original is not None
+        and not math.isclose(finding.value, finding.original, abs_tol=1e-6)
+        for finding in findings
     )
 
 
