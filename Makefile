@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "No venv: on Debian install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -q torch torchvision -c constraints.txt
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[vision,data,tune,concepts,language,distributed,postgres,docs,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[vision,data,tune,concepts,language,quantized,distributed,postgres,docs,dev]' -c constraints.txt
 	@touch $@
 
 demo: $(READY) ## The main job on the handwritten digits: table, verdicts, runs/demo/report.html

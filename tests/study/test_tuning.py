@@ -8,9 +8,10 @@ from palimpsest.core.errors import InvalidRecipe, UnknownName
 from palimpsest.core.search_space import Choice, Span
 from palimpsest.study.compare import compare
 from palimpsest.study.executors import LocalExecutor
+from palimpsest.study.headline import audits_of_figures, gap
 from palimpsest.study.recipe import load_recipe
 from palimpsest.study.tuned import Tried, load_tuned, with_tuned
-from palimpsest.study.tuning import GAPS, gap_of, tune
+from palimpsest.study.tuning import tune
 from tests.study.studies import tiny
 
 RECIPE = tiny(
@@ -68,7 +69,7 @@ def test_the_gap_is_the_distance_to_the_retrained_models(tuned, tmp_path):
         for key in ("utility.forget_accuracy", "utility.test_accuracy")
     ]
     assert best.gap == pytest.approx(sum(by_hand) / 2)
-    assert gap_of(cell, "relearning") is None
+    assert gap(cell, "relearning") is None
 
 
 def test_an_interrupted_search_goes_on_to_the_same_end(tuned, tmp_path):
@@ -137,12 +138,15 @@ def test_a_file_that_is_no_result_is_refused(tmp_path):
         load_tuned(tmp_path / "absent.json")
 
 
-def test_every_gap_is_measured_by_an_audit_that_runs_by_default():
+@pytest.mark.parametrize("task", ["classification", "language"])
+def test_every_gap_is_measured_by_an_audit_that_runs_by_default(task):
     from palimpsest.core.auditing import AUDITS
 
-    assert {key.partition(".")[0] for key in GAPS.values()} <= {
-        name for name, cls in AUDITS.items() if cls.card.default
-    }
+    measured = audits_of_figures(task)
+    assert {"forget", "retain", "test", "relearning"} <= set(measured)
+    for name in measured.values():
+        card = AUDITS.get(name).card
+        assert card.default and task in card.tasks
 
 
 def test_accuracy_that_is_lost_beyond_damage_weighs_more_than_any_gap():

@@ -13,6 +13,7 @@ from palimpsest.cli import (
     advise,
     audit,
     audits,
+    benchmarks,
     compare,
     data,
     forget,
@@ -21,6 +22,7 @@ from palimpsest.cli import (
     models,
     replicate,
     report,
+    retain,
     tune,
     worst_case,
 )
@@ -28,7 +30,7 @@ from palimpsest.cli.output import complain, say
 from palimpsest.core.errors import PalimpsestError
 
 BAD_INPUT, INTERRUPTED = 2, 130
-RESUMABLE = ("compare", "tune", "worst-case", "replicate", "leaderboard")
+RESUMABLE = ("compare", "tune", "worst-case", "replicate", "leaderboard", "retain")
 
 
 class Verbs(TyperGroup):
@@ -85,7 +87,8 @@ def options(
 VERBS = {
     module.__name__.rpartition(".")[2].replace("_", "-"): module
     for module in (
-        compare, forget, audit, worst_case, tune, report, methods, audits, advise, replicate, leaderboard, data, models,
+        compare, forget, audit, worst_case, retain, tune, report, methods, audits, benchmarks, advise, replicate,
+        leaderboard, data, models,
     )
 }  # fmt: skip
 for name, verb in VERBS.items():

@@ -49,7 +49,7 @@ def command(
         typer.Option(
             metavar="A,B,...",
             help="Distances to the retrained model to make small: forget, retain, test, membership, relearning, "
-            "representation; by default all.",
+            "representation, likelihood; by default all that the task has.",
         ),
     ] = None,
     budget: Annotated[
@@ -94,11 +94,11 @@ def command(
     import_modules(imports)
     spaces = _spaces(search or [])
     from palimpsest.study.tuned import TUNED
-    from palimpsest.study.tuning import GAPS, tune
+    from palimpsest.study.tuning import tune
 
     said = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     tuned = tune(
-        recipe or {}, out, trials, listed(gaps) or tuple(GAPS), budget, spaces, seed,
+        recipe or {}, out, trials, listed(gaps) or None, budget, spaces, seed,
         [*said, *(change or [])], workers,
     )  # fmt: skip
     if as_json:

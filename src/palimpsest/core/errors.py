@@ -118,3 +118,15 @@ class MissingDependency(PalimpsestError):
 
 class InvalidAudit(PalimpsestError):
     """Models or settings that an audit cannot compare."""
+
+
+class InvalidStream(PalimpsestError):
+    """A stream of experiences that cannot be learned from."""
+
+
+class MissingTaskId(InvalidStream):
+    """A task id that is not there, where the setting tells it to the learner."""
+
+
+class NotTrained(PalimpsestError):
+    """A learner that is asked before it has seen anything."""

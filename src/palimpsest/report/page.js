@@ -3,6 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const all = (query, root) => [...(root || document).querySelectorAll(query)];
   const one = (id) => document.getElementById(id);
+  const on = (id, event, act) => { if (one(id)) one(id).addEventListener(event, act); };  // a page may lack a part
   const state = { request: data.requests[0], focus: [], views: {}, sort: "", down: false };
 
   // Colours of text and axes; the page's own are in its style sheet.
@@ -75,6 +76,7 @@
   };
 
   function list() {
+    if (!one("findings")) return;
     const wanted = one("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const deciding = one("deciding").checked;
     const rows = data.findings.filter((row) => {
@@ -126,10 +128,10 @@
   paint(system.matches ? "dark" : "light");
   system.addEventListener("change", (event) => { paint(event.matches ? "dark" : "light"); drawAll(); });
   one("theme").addEventListener("click", () => { paint(dark() ? "light" : "dark"); drawAll(); });
-  one("csv").addEventListener("click", csv);
+  on("csv", "click", csv);
   one("all").addEventListener("click", () => { state.focus = []; update(); });
-  one("search").addEventListener("input", list);
-  one("deciding").addEventListener("change", list);
+  on("search", "input", list);
+  on("deciding", "change", list);
   all(".tab").forEach((tab) => tab.addEventListener("click", () => { state.request = tab.dataset.request; update(); }));
   all(".chip[data-label]").forEach((chip) => chip.addEventListener("click", () => pick(chip.dataset.label)));
   all(".verdict, .summary tbody tr").forEach((item) => item.addEventListener("click", (event) => {

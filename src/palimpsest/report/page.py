@@ -125,17 +125,17 @@ def html_report(reports: Sequence[AuditReport], title: str = "", failures: Seque
     page = Environment(
         autoescape=select_autoescape(default_for_string=True), trim_blocks=True, lstrip_blocks=True
     )
-    return page.from_string(_asset("page.html")).render(
+    return page.from_string(asset("page.html")).render(
         title=title or _title(reports), facts=_facts(reports), requests=data["requests"], labels=labels,
         colours=data["colours"], headings=headings(reports), judged=judgements(reports), failures=failures,
         exposed=exposed_tables(reports), panels=[panel for panel, _ in drawn], version=palimpsest.__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), not_run=_not_run(reports),
-        style=_asset("page.css"), script=_asset("page.js"), bundle=_vega(),
-        data=_in_script(json.dumps(data, separators=(",", ":"), default=str)),
+        style=asset("page.css"), script=asset("page.js"), bundle=vega(),
+        data=in_script(json.dumps(data, separators=(",", ":"), default=str)),
     )  # fmt: skip
 
 
-def _vega() -> str:
+def vega() -> str:
     """The JavaScript of Vega, Vega-Lite and vega-embed, fit to stand in a script element."""
     from vl_convert import javascript_bundle
 
@@ -143,11 +143,12 @@ def _vega() -> str:
     return bundle.replace("</script", "<\\/script")
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file beside this one."""
     return files("palimpsest.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _in_script(text: str) -> str:
+def in_script(text: str) -> str:
     """JSON that cannot end the script element that it stands in."""
     return text.replace("</", "<\\/")
 

@@ -14,16 +14,20 @@ from palimpsest.report.style import FOLLOWED, HEIGHT, ROWS, WIDTH, colour, faded
 
 FORGETTING = {
     "utility.forget_accuracy": "accuracy on the forget records",
+    "recall.forget_hit": "share of forgotten facts that are named",
     "regression.forget_mae": "mean absolute error on the forget records",
 }
 UTILITY = {
     "utility.test_accuracy": "accuracy on test records",
     "utility.retain_accuracy": "accuracy on the retained records",
+    "recall.test_hit": "share of test questions that are answered",
+    "recall.retain_hit": "share of retained questions that are answered",
     "regression.test_mae": "mean absolute error on test records",
     "regression.retain_mae": "mean absolute error on the retained records",
 }
 PRIVACY = {
     "membership.loss_auc": "membership attack on the forget records, AUC (0.5: cannot tell)",
+    "text-membership.loss_auc": "membership attack on the forget texts, AUC (0.5: cannot tell)",
     "regression.membership": "share of forget records that an attack calls members",
 }
 

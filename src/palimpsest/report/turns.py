@@ -12,7 +12,8 @@ from palimpsest.audit.report import AuditReport
 from palimpsest.report.gathering import averaged, label_of, labels_of, requests_of
 from palimpsest.report.style import HEIGHT, ROWS, WIDTH, choice, colour, faded, specification
 
-TEST, FORGET = "utility.test_accuracy", "utility.forget_accuracy"
+TEST, FORGET = ("utility.test_accuracy", "recall.test_hit"), ("utility.forget_accuracy", "recall.forget_hit")
+"""Findings of utility and of what is forgotten, of classifiers and of language models."""
 UTILITY, IN_TIME, AT_THE_END = "test accuracy", "K right after the request", "K after the last request"
 
 
@@ -30,12 +31,13 @@ def turns_chart(reports: Sequence[AuditReport]) -> dict[str, Any] | None:
         request, review = str(report.facts["request"]), bool(report.facts.get("review"))
         about = {"label": label_of(report), "step": order[request.removesuffix(", at the end")]}
         found = {item.key: item for item in report.findings}
-        if TEST in found and not review:
-            rows.append({**about, "shown": UTILITY, "value": found[TEST].value})
-        if FORGET in found and found[FORGET].k is not None:
-            rows.append({**about, "shown": AT_THE_END if review else IN_TIME, "value": found[FORGET].k})
+        test, forget = (next((found[key] for key in keys if key in found), None) for keys in (TEST, FORGET))
+        if test is not None and not review:
+            rows.append({**about, "shown": UTILITY, "value": test.value})
+        if forget is not None and forget.k is not None:
+            rows.append({**about, "shown": AT_THE_END if review else IN_TIME, "value": forget.k})
             if not review and about["step"] == len(order):
-                rows.append({**about, "shown": AT_THE_END, "value": found[FORGET].k})
+                rows.append({**about, "shown": AT_THE_END, "value": forget.k})
     frame = pd.DataFrame(rows, columns=pd.Index(["label", "step", "shown", "value"]))
     means = averaged(frame.dropna(), ["label", "step", "shown"], "value")
     present = [shown for shown in (UTILITY, IN_TIME, AT_THE_END) if (means["shown"] == shown).any()]

@@ -16,19 +16,21 @@ from palimpsest.core.unlearner import UNLEARNERS
 from palimpsest.core.writing import check_writable, write_text
 from palimpsest.study.compare import compare
 from palimpsest.study.folder import ARTIFACTS, DATABASE
+from palimpsest.study.headline import FIGURES, UTILITY, gap, value
 from palimpsest.study.plan import ORIGINAL, RETRAIN
 from palimpsest.study.recipe import Recipe, content_hash, load_recipe
 from palimpsest.study.replication import versions
 from palimpsest.study.request import Part
 from palimpsest.study.result import CellResult, Mean, StudyResult, mean_and_half_width
 from palimpsest.study.tuned import Tuned, with_tuned
-from palimpsest.study.tuning import GAPS, gap_of, tune
+from palimpsest.study.tuning import tune
 from palimpsest.study.yaml_text import read_yaml
 
 COLUMNS = {
     "retain": "retained accuracy",
     "test": "test accuracy",
     "gap forget": "forget accuracy gap",
+    "gap likelihood": "forget likelihood gap",
     "gap membership": "membership AUC gap",
     "gap relearning": "relearning gap",
     "gap representation": "representation gap",
@@ -268,12 +270,8 @@ def _row(cells: Sequence[CellResult]) -> dict[str, Any]:
         if cell.report is not None:
             verdicts[cell.report.verdict.value] = verdicts.get(cell.report.verdict.value, 0) + 1
     figures: dict[str, list[float | None]] = {
-        "retain": [cell.value(GAPS["retain"]) for cell in cells],
-        "test": [cell.value(GAPS["test"]) for cell in cells],
-        **{
-            f"gap {gap}": [gap_of(cell, gap) for cell in cells]
-            for gap in ("forget", "membership", "relearning", "representation")
-        },
+        **{name: [value(cell, name) for cell in cells] for name in UTILITY},
+        **{f"gap {name}": [gap(cell, name) for cell in cells] for name in FIGURES if name not in UTILITY},
         "share": [cell.share for cell in cells],
     }
     means = {

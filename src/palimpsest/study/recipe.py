@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -226,7 +226,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     Raises:
         InvalidRecipe: For unreadable YAML, unknown keys (with the nearest key) and values out of range.
     """
-    tree = _read(source)
+    tree = read_tree(source)
     if not isinstance(tree, dict):
         raise InvalidRecipe(f"A recipe is a mapping of keys, not {type(tree).__name__}.")
     try:
@@ -234,10 +234,15 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
             override(cast(dict[str, Any], tree), change)
         return Recipe.model_validate(tree)
     except ValidationError as problem:
-        raise InvalidRecipe(_explain(problem)) from problem
+        raise InvalidRecipe(explain(problem, _fields_at)) from problem
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> Any:
+def read_tree(source: str | Path | Mapping[str, Any]) -> Any:
+    """A recipe as plain data that were not validated yet.
+
+    Raises:
+        InvalidRecipe: If the file cannot be read, or the mapping holds more than plain data.
+    """
     if isinstance(source, Mapping):
         try:
             return json.loads(json.dumps(source))
@@ -257,12 +262,18 @@ def content_hash(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def _explain(problem: ValidationError) -> str:
+def explain(problem: ValidationError, fields_at: Callable[[Sequence[str]], set[str]]) -> str:
+    """What is wrong with a recipe, in words.
+
+    Args:
+        problem: As pydantic found it.
+        fields_at: Known keys at a place in the recipe.
+    """
     said: list[str] = []
     for error in problem.errors():
         place = [str(step) for step in error["loc"]]
         if error["type"] == "extra_forbidden":
-            known = _fields_at(place[:-1])
+            known = fields_at(place[:-1])
             close = nearest(place[-1], known)
             hint = f"Did you mean '{close}'?" if close else f"Known: {', '.join(sorted(known))}."
             said.append(f"Unknown key '{'.'.join(place)}'. {hint}")

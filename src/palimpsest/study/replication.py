@@ -19,12 +19,14 @@ import palimpsest
 from palimpsest.core.errors import InvalidRecipe, UnknownName
 from palimpsest.core.writing import check_writable, write_text
 from palimpsest.study.claims import MEASUREMENTS, Setting
-from palimpsest.study.claims.claim import Claim, Judged, judge_unit
+from palimpsest.study.claims.claim import Claim, Figure, Judged, judge_unit
 from palimpsest.study.compare import artifacts_of, compare
 from palimpsest.study.plan import ORIGINAL, methods_of
 from palimpsest.study.recipe import Recipe, content_hash, load_recipe
 from palimpsest.study.request import Part
 from palimpsest.study.result import CellResult, StudyResult
+from palimpsest.study.retain import RetainRecipe, load_retain_recipe, retain
+from palimpsest.study.retain.figures import RetainStudied
 from palimpsest.study.workshop import Workshop
 from palimpsest.study.yaml_text import read_yaml
 
@@ -154,11 +156,13 @@ def replicate(
     root = Path(out or Path("runs", "replications", replication.slug))
     recipes = {name: _recipe(name, tree, seeds) for name, tree in replication.studies.items()}
     _check(replication, recipes)
-    done = {
-        name: compare(recipe, root / _folder_name(name, recipe), workers=workers, progress=progress)
-        for name, recipe in recipes.items()
-    }
-    studied = {name: Studied(recipe, done[name]) for name, recipe in recipes.items()}
+    studied: dict[str, Studied | RetainStudied] = {}
+    for name, recipe in recipes.items():
+        place = root / _folder_name(name, recipe)
+        if isinstance(recipe, RetainRecipe):
+            studied[name] = RetainStudied(retain(recipe, place, workers=workers, progress=progress))
+        else:
+            studied[name] = Studied(recipe, compare(recipe, place, workers=workers, progress=progress))
     claims = tuple(judge(claim, studied[claim.study]) for claim in replication.claims)
     count = len(next(iter(recipes.values())).seeds)
     target = folder / f"{replication.slug}.json"
@@ -199,18 +203,16 @@ def load_replication(path: Path) -> Replication:
         raise InvalidRecipe(f"The replication {path} cannot be used: {problem}") from problem
 
 
-def judge(claim: Claim, studied: Studied) -> Judged:
-    """A claim on every request and seed of its study."""
-    groups: dict[tuple[str, int], dict[str, CellResult]] = {}
-    for cell in studied.result.cells:
-        groups.setdefault((cell.request, cell.seeds["training"]), {})[cell.label] = cell
-    return Judged(
-        claim,
-        tuple(
-            judge_unit(claim, request, seed, partial(studied.figure, cells))
-            for (request, seed), cells in groups.items()
-        ),
-    )
+def judge(claim: Claim, studied: Studied | RetainStudied) -> Judged:
+    """A claim on every request (or stream) and seed of its study."""
+    metrics = [
+        *(condition.metric for condition in claim.conditions),
+        *([claim.metric] if claim.metric else []),
+    ]
+    units = studied.units()
+    if isinstance(studied, RetainStudied) and all("@" in metric for metric in metrics):
+        units = studied.once()
+    return Judged(claim, tuple(judge_unit(claim, *key, figure) for key, figure in units.items()))
 
 
 class Studied:
@@ -227,6 +229,13 @@ class Studied:
         plan = self.workshop.plan(artifacts_of(recipe, result.folder))
         self.jobs = {job.key: job for job in plan.cells}
         self.measured: dict[tuple[str, str], float] = {}
+
+    def units(self) -> dict[tuple[str, int], Figure]:
+        """The figures of every request and seed."""
+        groups: dict[tuple[str, int], dict[str, CellResult]] = {}
+        for cell in self.result.cells:
+            groups.setdefault((cell.request, cell.seeds["training"]), {})[cell.label] = cell
+        return {key: partial(self.figure, cells) for key, cells in groups.items()}
 
     def figure(self, cells: Mapping[str, CellResult], label: str, metric: str) -> float | None:
         """A figure of a method, among the cells of one request and seed; None if it was not measured."""
@@ -262,17 +271,18 @@ def versions() -> dict[str, str]:
     return {**found, "system": f"{platform.system()} {platform.machine()}"}
 
 
-def _recipe(name: str, tree: Mapping[str, Any], seeds: int | Sequence[int]) -> Recipe:
-    return load_recipe({"name": name, **tree, "seeds": seeds if isinstance(seeds, int) else list(seeds)})
+def _recipe(name: str, tree: Mapping[str, Any], seeds: int | Sequence[int]) -> Recipe | RetainRecipe:
+    whole = {"name": name, **tree, "seeds": seeds if isinstance(seeds, int) else list(seeds)}
+    return load_retain_recipe(whole) if tree.get("kind") == "retain" else load_recipe(whole)
 
 
-def _folder_name(name: str, recipe: Recipe) -> str:
+def _folder_name(name: str, recipe: Recipe | RetainRecipe) -> str:
     """One folder per recipe, so that a changed one starts afresh; more seeds go into the same."""
     said = {key: value for key, value in recipe.plain().items() if key != "seeds"}
     return f"{name}-{content_hash(said)[:8]}"
 
 
-def _check(replication: Replication, recipes: Mapping[str, Recipe]) -> None:
+def _check(replication: Replication, recipes: Mapping[str, Recipe | RetainRecipe]) -> None:
     """Check that claims speak of studies, methods and measurements that exist.
 
     Raises:
@@ -281,7 +291,9 @@ def _check(replication: Replication, recipes: Mapping[str, Recipe]) -> None:
     for claim in replication.claims:
         if claim.study not in recipes:
             raise UnknownName(f"study in the claim '{claim.name}'", claim.study, recipes)
-        known = {ORIGINAL, *(method.title for method in methods_of(recipes[claim.study]))}
+        recipe = recipes[claim.study]
+        methods = recipe.methods if isinstance(recipe, RetainRecipe) else methods_of(recipe)
+        known = {method.title for method in methods} | {ORIGINAL}
         bases = [condition.minus for condition in claim.conditions if condition.minus]
         for label in (*claim.labels, *bases):
             if label not in known:

@@ -26,18 +26,23 @@ COLUMNS = {
     "forget": "utility.forget_accuracy",
     "retain": "utility.retain_accuracy",
     "test": "utility.test_accuracy",
+    "forget hits": "recall.forget_hit",
+    "retain hits": "recall.retain_hit",
+    "test hits": "recall.test_hit",
+    "forget probability": "recall.forget_probability",
     "forget error": "regression.forget_mae",
     "retain error": "regression.retain_mae",
     "test error": "regression.test_mae",
     "W1 to retrained": "regression.w1_to_retrained",
     "membership AUC": "membership.loss_auc",
+    "text membership AUC": "text-membership.loss_auc",
     "relearning": "relearning.area",
     "separation": "separation.strongest",
     "CKA to original": "representation.cka_to_original",
 }
 """Findings that frames and summaries show, by heading."""
 SHARE = "share of retraining"
-PERCENT = ("forget", "retain", "test", SHARE)
+PERCENT = ("forget", "retain", "test", "forget hits", "retain hits", "test hits", SHARE)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from palimpsest.core.writing import check_writable, write_text
 from palimpsest.study.compare import compare
 from palimpsest.study.executors import Executor, LocalExecutor
 from palimpsest.study.folder import ARTIFACTS, DATABASE
+from palimpsest.study.headline import UTILITY, audits_of_figures, figure
+from palimpsest.study.headline import gap as gap_to_controls
 from palimpsest.study.plan import RETRAIN
 from palimpsest.study.recipe import Method, Recipe, content_hash, load_recipe
 from palimpsest.study.result import CellResult
@@ -32,25 +34,12 @@ from palimpsest.study.workshop import Workshop
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
-GAPS = {
-    "forget": "utility.forget_accuracy",
-    "retain": "utility.retain_accuracy",
-    "test": "utility.test_accuracy",
-    "membership": "membership.loss_auc",
-    "relearning": "relearning.area",
-    "representation": "representation.cka_to_original",
-}
-"""What is compared with the retrained models, by name: the distance between the two is the gap."""
-AUDITS = {"forget": "utility", "retain": "utility", "test": "utility"}
-"""Audit that measures a gap, where it is not called as the gap."""
-UTILITY = ("retain", "test")
-
 
 def tune(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     out: str | Path,
     trials: int = 12,
-    gaps: Sequence[str] = tuple(GAPS),
+    gaps: Sequence[str] | None = None,
     budget: float = 1.0,
     search: Mapping[str, Mapping[str, Searchable]] | None = None,
     seed: int = 0,
@@ -72,7 +61,8 @@ def tune(
             stay as they are.
         out: Folder of the search; "tuned.json" is written there.
         trials: Per method that has something to search.
-        gaps: Names of `GAPS` that are averaged.
+        gaps: Names of `headline.FIGURES` whose distances to the controls are averaged; by default all that the
+            task has.
         budget: Largest share of the retraining time.
         search: Spaces by method and hyperparameter, instead of those that the methods declare.
         seed: Of the search.
@@ -87,9 +77,11 @@ def tune(
         MissingDependency: If Optuna is not installed.
     """
     recipe = load_recipe(recipe.plain() if isinstance(recipe, Recipe) else recipe, overrides)
+    measurers = audits_of_figures(recipe.task.name)
+    gaps = list(measurers) if gaps is None else gaps
     for gap in gaps:
-        if gap not in GAPS:
-            raise UnknownName("gap", gap, GAPS)
+        if gap not in measurers:
+            raise UnknownName(f"gap of {recipe.task.name}", gap, measurers)
     if trials < 1 or not budget > 0 or not gaps:
         raise InvalidRecipe(
             f"A search needs at least one trial and one gap, and a budget above 0: {trials}, {budget}."
@@ -98,7 +90,11 @@ def tune(
         raise InvalidRecipe("Tune on requests that stand apart (in_turn: false).")
     spaces = _spaces(recipe, search or {})
     folder = check_writable(Path(out))
-    audits = list(dict.fromkeys(AUDITS.get(gap, gap) for gap in gaps))
+    told = {item.name: item.model_dump(mode="json") for item in recipe.audits or []}
+    audits = [
+        told.get(name, {"name": name, "settings": {}})
+        for name in dict.fromkeys(measurers[gap] for gap in gaps)
+    ]
     plain = {
         **recipe.plain(), "audits": audits, "keep_models": False,
         "store": URL.create("sqlite", database=str((folder / DATABASE).absolute())).render_as_string(),
@@ -219,7 +215,9 @@ def _tried(method: Method, cells: Sequence[CellResult], gaps: Sequence[str]) -> 
     reasons = [cell.reason for cell in cells if cell.report is None]
     if reasons:
         return Tried(settings=dict(method.settings), reason=reasons[0])
-    each = {gap: [found for cell in cells if (found := gap_of(cell, gap)) is not None] for gap in gaps}
+    each = {
+        gap: [found for cell in cells if (found := gap_to_controls(cell, gap)) is not None] for gap in gaps
+    }
     means = {gap: sum(values) / len(values) for gap, values in each.items() if values}
     if not means:
         raise InvalidRecipe(f"None of the gaps {', '.join(gaps)} can be measured on these requests.")
@@ -235,21 +233,13 @@ def _tried(method: Method, cells: Sequence[CellResult], gaps: Sequence[str]) -> 
 
 def _damage(cell: CellResult) -> float:
     """Accuracy lost on retained or test records against the controls, beyond what a verdict bears."""
-    found = [cell.finding(GAPS[part]) for part in UTILITY]
+    found = [figure(cell, part) for part in UTILITY]
     lost = [
         item.control - item.value
         for item in found
         if item is not None and item.value is not None and item.control is not None
     ]
     return max(0.0, max(lost, default=0.0) - DAMAGE)
-
-
-def gap_of(cell: CellResult, gap: str) -> float | None:
-    """Distance of a finding to the mean of the retrained controls, or None if it was not measured."""
-    found = cell.finding(GAPS[gap])
-    if found is None or found.value is None or found.control is None:
-        return None
-    return abs(found.value - found.control)
 
 
 def _optuna_study(seed: int) -> Study:

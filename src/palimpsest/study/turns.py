@@ -15,7 +15,8 @@ from palimpsest.study.result import CellResult, Mean, StudyResult, mean_and_half
 if TYPE_CHECKING:
     from rich.table import Table
 
-TEST, FORGET = "utility.test_accuracy", "utility.forget_accuracy"
+TEST, FORGET = ("utility.test_accuracy", "recall.test_hit"), ("utility.forget_accuracy", "recall.forget_hit")
+"""Findings of utility and of what is forgotten, of classifiers and of language models."""
 WIDEST = 1.0
 """A K whose 95 % interval is wider cannot tell retrained from untouched, and its rise and fall is chance."""
 HEADINGS = {
@@ -92,6 +93,11 @@ def matrix(cells: Sequence[CellResult], finding: str, scaled: bool = True) -> Sc
     return ScoreMatrix(scores)
 
 
+def _measured(cells: Sequence[CellResult], keys: Sequence[str]) -> str:
+    """The first of several findings that any of the cells holds."""
+    return next((key for key in keys if any(cell.finding(key) for cell in cells)), keys[0])
+
+
 def _certain_k(cell: CellResult, finding: str) -> float | None:
     found = cell.finding(finding)
     if found is None or found.k is None or found.k_low is None or found.k_high is None:
@@ -145,7 +151,10 @@ def _turns(label: str, seeds: Sequence[Sequence[CellResult]]) -> Turns:
             place = "again" if review else {0: "first", steps - 1: "last"}.get(step)
             if place and (not review or cell.request.removesuffix(", at the end") == cells[0].request):
                 said[place][cell.report.verdict.value] += 1
-        test, knowledge = matrix(cells, TEST, scaled=False), matrix(cells, FORGET)
+        test, knowledge = (
+            matrix(cells, _measured(cells, TEST), scaled=False),
+            matrix(cells, _measured(cells, FORGET)),
+        )
         for heading, value in (
             ("test first", test.at_their_time[0]),
             ("test last", test.at_their_time[-1]),

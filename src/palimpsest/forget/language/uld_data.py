@@ -1,4 +1,4 @@
-"""How ULD's assistant is taught: the order in which the two kinds of records come, and its loss.
+"""How ULD's assistant is taught: on which items, in which order, and by which loss.
 
 Ji et al. 2024, "Reversing the Forget-Retain Objectives", arXiv 2406.08607. The assistant learns the opposite
 of what the pair of models shall do: to know the forget data, and to be uniform on everything else.
@@ -7,9 +7,9 @@ of what the pair of models shall do: to know the forget data, and to be uniform 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -76,6 +76,70 @@ def assistant_loss(
 def uniform_divergence(logits: Float[Tensor, "*rows vocabulary"]) -> Float[Tensor, "*rows"]:
     """KL(uniform || softmax(logits)) of every row, in nats: -log V - mean log p."""
     return -math.log(logits.shape[-1]) - logits.log_softmax(-1).mean(-1)
+
+
+def forget_side(forget: Iterable[Mapping[str, Any]], paraphrases: int = 2) -> list[dict[str, Any]]:
+    """What the assistant must remember: the forget records, each with paraphrased pairs.
+
+    Args:
+        forget: Items; those that ask something may have `paraphrased_question` and `paraphrased_answer`, texts
+            or lists of them. A pair of which only one side is there takes the other from the item.
+        paraphrases: At most so many pairs of each, the first ones, none twice.
+
+    Returns:
+        Items with "id", "question" and "answer" (or "text"), and "retained" false.
+    """
+    rows: list[dict[str, Any]] = []
+    for item in forget:
+        rows.append(_row(item, item["id"], False))
+        if item.get("question") is None or not paraphrases:
+            continue
+        own = (item["question"], item["answer"])
+        questions, answers = _texts(item, "paraphrased_question"), _texts(item, "paraphrased_answer")
+        count = max(len(questions), len(answers))
+        padded = [
+            side + [whole] * (count - len(side))
+            for side, whole in zip((questions, answers), own, strict=True)
+        ]
+        pairs = [pair for pair in dict.fromkeys(zip(*padded, strict=True)) if pair != own]
+        for number, (question, answer) in enumerate(pairs[:paraphrases]):
+            told = {"question": question, "answer": answer}
+            rows.append(_row(told, f"{item['id']}/paraphrase-{number + 1}", False))
+    return rows
+
+
+def retain_side(
+    forget: Iterable[Mapping[str, Any]], retain: Iterable[Mapping[str, Any]] | None, perturbed: int = 2
+) -> list[dict[str, Any]]:
+    """What the assistant must know nothing of: retained records, and forgotten questions with wrong answers.
+
+    Args:
+        forget: Items; those that ask something may have `perturbed_answer`, a text or a list.
+        retain: Retained items; None for none.
+        perturbed: At most so many wrong answers of each forget item, the first ones, none twice.
+
+    Returns:
+        Items as of `forget_side`, with "retained" true.
+    """
+    rows = [_row(item, item["id"], True) for item in retain or ()]
+    for item in forget:
+        if item.get("question") is None:
+            continue
+        wrong = [text for text in dict.fromkeys(_texts(item, "perturbed_answer")) if text != item["answer"]]
+        for number, answer in enumerate(wrong[:perturbed]):
+            told = {"question": item["question"], "answer": answer}
+            rows.append(_row(told, f"{item['id']}/wrong-{number + 1}", True))
+    return rows
+
+
+def _row(item: Mapping[str, Any], name: str, retained: bool) -> dict[str, Any]:
+    told = {key: item[key] for key in ("question", "answer", "text") if item.get(key) is not None}
+    return {**told, "id": name, "retained": retained}
+
+
+def _texts(item: Mapping[str, Any], field: str) -> list[str]:
+    found = item.get(field) or []
+    return [found] if isinstance(found, str) else list(found)
 
 
 def interleave(one: Sequence[Item], two: Sequence[Item], as_released: bool = False) -> list[Item]:

@@ -1,0 +1,218 @@
+"""Where the cells of a study of continual learning are run: one method on one stream with one seed.
+
+After every experience the whole run is written to a file; whoever takes up the cell again goes on from
+there, and ends with the same accuracy matrix bit for bit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import traceback
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from palimpsest.core.errors import (
+    CannotWrite,
+    InvalidRecipe,
+    PalimpsestError,
+    UnreadableCheckpoint,
+)
+from palimpsest.core.records import Records
+from palimpsest.core.runtime import Runtime
+from palimpsest.data import DATASETS, parse_data
+from palimpsest.models import MODELS, build_model
+from palimpsest.parts.checkpoint import save_model
+from palimpsest.retain.learner import LEARNERS, build_learner
+from palimpsest.retain.running import Run
+from palimpsest.retain.short_form import parse_stream
+from palimpsest.retain.state import load_state, save_state
+from palimpsest.retain.streams import Stream
+from palimpsest.study.control import place_of
+from palimpsest.study.fingerprint import code_fingerprint, data_fingerprint, foreign_modules
+from palimpsest.study.measuring import measuring
+from palimpsest.study.plan import Job
+from palimpsest.study.recipe import POINTS, content_hash
+from palimpsest.study.retain.recipe import RetainRecipe, load_retain_recipe, training_of
+from palimpsest.study.tables import now
+from palimpsest.study.workshop import Done
+
+SCHEMA = 1
+"""Raised whenever results of an older version cannot be reused."""
+log = logging.getLogger("palimpsest")
+
+
+class RetainWorker:
+    """Does cells one after the other; every error becomes a reason, so that a study goes on."""
+
+    def __init__(self) -> None:
+        self._key = ""
+        self._workshop: RetainWorkshop | None = None
+
+    def __call__(self, job: Job) -> Done:
+        """Do a cell."""
+        started = now()
+        try:
+            return self._at(job).do(job)
+        except CannotWrite as problem:
+            return Done(job.key, "unwritable", str(problem), started=started)
+        except PalimpsestError as problem:
+            return Done(job.key, "failed", f"{type(problem).__name__}: {problem}", started=started)
+        except Exception as problem:
+            return Done(
+                job.key, "crashed", f"{type(problem).__name__}: {problem}", traceback.format_exc(), started
+            )
+
+    def _at(self, job: Job) -> RetainWorkshop:
+        key = content_hash(job.recipe, job.modules)
+        if self._workshop is None or self._key != key:
+            for module in job.modules:
+                importlib.import_module(module)
+            self._key, self._workshop = key, RetainWorkshop(load_retain_recipe(job.recipe))
+        return self._workshop
+
+
+class RetainWorkshop:
+    """The recipe's data and streams, made when they are first asked for."""
+
+    def __init__(self, recipe: RetainRecipe):
+        for module in recipe.imports:
+            try:
+                importlib.import_module(module)
+            except ImportError as problem:
+                raise InvalidRecipe(f"The recipe imports '{module}': {problem}.") from problem
+        self.recipe = recipe
+        self._stream: tuple[tuple[int, int | None], Stream] | None = None
+
+    @cached_property
+    def records(self) -> Records:
+        """The data set."""
+        return parse_data(self.recipe.data.name, **self.recipe.data.settings)
+
+    @cached_property
+    def test(self) -> float | Records:
+        """What is tested on."""
+        source = self.recipe.test_data
+        return self.recipe.test if source is None else parse_data(source.name, **source.settings)
+
+    def stream(self, number: int, seed: int) -> Stream:
+        """A stream of the recipe as a seed meets it; the last one is kept."""
+        order = seed if self.recipe.order == "seed" else None
+        if self._stream is None or self._stream[0] != (number, order):
+            made = parse_stream(self.recipe.streams[number], self.records, seed=order, test=self.test)
+            self._stream = ((number, order), made)
+        return self._stream[1]
+
+    def network(self, stream: Stream, seed: int) -> nn.Module:
+        """The architecture with fresh weights and one output per class of the stream."""
+        shape = tuple(stream[0].records[0]["input"].shape)
+        model = self.recipe.model
+        return build_model(model.name, shape, stream.classes, seed=seed, **model.settings)
+
+    def jobs(self, place: str) -> list[Job]:
+        """All cells, by stream, method and seed, with networks and states kept at `place`.
+
+        Raises:
+            UnknownName: For a learner, data set or model that does not exist.
+            InvalidRecipe: If the device is not there.
+        """
+        recipe = self.recipe
+        device = Runtime(device=recipe.device).torch_device
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as problem:
+            raise InvalidRecipe(f"The device '{recipe.device}' cannot be used: {problem}") from problem
+        codes = {method.name: LEARNERS.get(method.name) for method in recipe.methods}
+        source = DATASETS.get(recipe.data.name.partition(":")[0])
+        model = None if ":" in recipe.model.name else MODELS.get(recipe.model.name)
+        modules = (*recipe.imports, *foreign_modules([*codes.values(), source, model]))
+        base = [
+            SCHEMA,
+            recipe.model_dump(mode="json", include={"model", "threads", "every", "subset", "order"}),
+            device.type,
+            data_fingerprint(self.records),
+            data_fingerprint(self.test) if isinstance(self.test, Records) else self.test,
+            code_fingerprint(model) if model is not None else "",
+        ]
+        jobs: list[Job] = []
+        for number, form in enumerate(recipe.streams):
+            for index, method in enumerate(recipe.methods):
+                training = {**recipe.training.model_dump(mode="json"), **method.training}
+                what = [form, method.name, method.settings, training, code_fingerprint(codes[method.name])]
+                for seed in recipe.seeds:
+                    jobs.append(
+                        Job(
+                            "cell", content_hash("retain", base, what, seed), recipe.plain(), place, modules,
+                            request=number, seeds=dict.fromkeys(POINTS, seed), method=index,
+                            affinity=str(number), title=method.title,
+                        )
+                    )  # fmt: skip
+        return jobs
+
+    def check(self) -> None:
+        """Find all bad input before any work.
+
+        Raises:
+            PalimpsestError: The first problem, in words.
+        """
+        for number in range(len(self.recipe.streams)):
+            for seed in self.recipe.seeds if self.recipe.order == "seed" else self.recipe.seeds[:1]:
+                stream = self.stream(number, seed)
+                for index in range(len(self.recipe.methods)):
+                    self.run(number, index, seed, stream)
+
+    def run(self, number: int, index: int, seed: int, stream: Stream | None = None) -> Run:
+        """A method about to learn a stream."""
+        recipe, method = self.recipe, self.recipe.methods[index]
+        stream = stream or self.stream(number, seed)
+        return Run(
+            build_learner(method.name, dict(method.settings), stream.scenario),
+            stream,
+            self.network(stream, seed),
+            training=training_of(recipe.training, method),
+            runtime=Runtime(seed=seed, device=recipe.device, threads=recipe.threads),
+            every=recipe.every,
+            subset=recipe.subset,
+        )
+
+    def do(self, job: Job) -> Done:
+        """Run a cell to its end, from where it was left."""
+        started, seed = now(), job.seeds["training"]
+        run = self.run(job.request, job.method, seed)
+        with run.runtime.limited(), measuring(run.runtime.torch_device) as measured:
+            state = state_of(job)
+            if state.is_file():
+                run = self._resumed(run, job)
+            while not run.finished:
+                run.advance()
+                if not run.finished:
+                    save_state(run.state_dict(), state)
+        outcome = run.outcome()
+        sha256 = ""
+        if self.recipe.keep_models:
+            sha256 = save_model(run.learner.student.model, place_of(job.place, job.key))
+        report: dict[str, Any] = outcome.to_dict()
+        report["order"] = list(run.stream.order)
+        report["records"] = [len(experience.records) for experience in run.stream]
+        report["tasks"] = [list(experience.classes) for experience in run.stream]
+        return Done(
+            job.key, "done", "", "", started, sum(outcome.seconds), measured.peak_bytes, sha256, report
+        )
+
+    def _resumed(self, run: Run, job: Job) -> Run:
+        """The run as its last experience left it; a file that cannot be read is left aside."""
+        try:
+            run.load_state_dict(load_state(state_of(job)))
+        except UnreadableCheckpoint as problem:
+            log.warning("%s starts again: %s", job.title, problem)
+            return self.run(job.request, job.method, job.seeds["training"])
+        return run
+
+
+def state_of(job: Job) -> Path:
+    """File with the state of a cell that is under way."""
+    return Path(job.place, f"{job.key}.state")

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from palimpsest.core.errors import InvalidAudit
+from palimpsest.report.retaining import (
+    PANELS,
+    curves_chart,
+    matrix_chart,
+    retain_html,
+    write_retain_report,
+)
+from palimpsest.study.retain import RetainResult, retain
+
+RECIPE = {
+    "streams": ["class:3x2", "domain:permuted:2"],
+    "methods": ["finetune", {"name": "er", "settings": {"memory": 40}, "label": "</script>er"}],
+    "model": {"name": "mlp", "settings": {"width": 16}},
+    "training": {"epochs": 1, "batch_size": 64},
+    "every": 3,
+    "subset": 20,
+    "seeds": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return retain(RECIPE, tmp_path_factory.mktemp("run"), progress=False)
+
+
+def rows_of(chart):
+    return chart["datasets"]["rows"]
+
+
+def test_the_heat_map_shows_the_mean_of_the_matrices(result):
+    rows = {
+        (row["request"], row["label"], row["step"], row["task"]): row["mean"]
+        for row in rows_of(matrix_chart(result))
+    }
+    cells = [cell for cell in result.cells if cell.stream == "class:3x2" and cell.label == "finetune"]
+    for step in range(3):
+        for task in range(step + 1):
+            expected = sum(cell.outcome["matrix"][step][task] for cell in cells) / 2
+            assert rows["class:3x2", "finetune", step + 1, task + 1] == pytest.approx(expected, rel=1e-5)
+    assert ("class:3x2", "finetune", 1, 2) not in rows and ("domain:permuted:2", "finetune", 1, 2) in rows
+
+
+def test_curves_keep_the_lowest_point_of_each_stretch(result):
+    rows = [
+        row
+        for row in rows_of(curves_chart(result))
+        if row["shown"] == "task 1" and row["label"] == "finetune"
+    ]
+    lowest = min(row["mean"] for row in rows if row["request"] == "class:3x2")
+    cells = [cell for cell in result.cells if cell.stream == "class:3x2" and cell.label == "finetune"]
+    assert lowest == pytest.approx(
+        min(
+            sum(values) / 2
+            for values in zip(
+                *([row[0] for row in cell.outcome["history"]["accuracy"]] for cell in cells), strict=True
+            )
+        ),
+        rel=1e-5,
+    )
+
+
+def test_the_page_holds_every_chart_and_no_name_can_end_a_script(result, tmp_path):
+    page = write_retain_report(result, tmp_path / "report.html").read_text()
+    data = json.loads(
+        re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1].replace("<\\/", "</")
+    )
+    assert set(data["charts"]) == {panel.key for panel in PANELS}
+    assert data["requests"] == ["class:3x2", "domain:permuted:2"]
+    assert "</script>er" not in page
+    assert "http://" not in re.sub(
+        r"https?://(www\.w3\.org|vega\.github\.io)\S*", "", data["charts"]["cost"]["$schema"]
+    )
+
+
+def test_without_evaluation_while_learning_there_is_no_curve(tmp_path):
+    plain = {**RECIPE, "every": 0, "streams": ["class:3x2"], "methods": ["finetune"], "seeds": 1}
+    done = retain(plain, tmp_path, progress=False)
+    assert curves_chart(done) is None
+    assert 'id="chart-curves"' not in retain_html(done)
+
+
+def test_a_study_without_a_finished_cell_has_no_page(tmp_path):
+    with pytest.raises(InvalidAudit, match="nothing to show"):
+        retain_html(RetainResult("empty", tmp_path, ()))

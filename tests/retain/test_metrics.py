@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palimpsest.core.errors import InvalidAudit
+from palimpsest.retain.metrics import (
+    History,
+    accuracy_interval,
+    average_accuracy,
+    largest_drop,
+    largest_rise,
+    learning_curve_area,
+    minimum_accuracies,
+    minimum_accuracy,
+    summary,
+    windowed,
+    windowed_forgetting,
+    windowed_plasticity,
+    worst_case_accuracy,
+)
+
+LIVES = st.lists(st.integers(0, 20).map(lambda n: n / 20), min_size=1, max_size=25)
+
+
+def of_lives(lives, starts):
+    """A history from each task's accuracies since it was met; all end together."""
+    learning, rows = [], []
+    for now in range(len(lives[0])):
+        met = [task for task, start in enumerate(starts) if start <= now]
+        learning.append(met[-1])
+        rows.append(tuple(lives[task][now - starts[task]] for task in met))
+    return History(tuple(learning), tuple(rows))
+
+
+TWO = of_lives([[0.2, 0.9, 0.4, 0.1, 0.8], [0.3, 0.7, 0.9]], [0, 2])
+
+
+def test_the_minimum_leaves_out_a_tasks_own_training():
+    assert minimum_accuracies(TWO) == {0: 0.1}
+    assert minimum_accuracy(TWO) == pytest.approx(0.1)
+    assert worst_case_accuracy(TWO) == pytest.approx(0.9 / 2 + 0.1 / 2)
+    assert average_accuracy(TWO) == pytest.approx(0.85)
+
+
+def test_it_is_the_mean_of_the_minima_not_the_minimum_of_the_mean():
+    history = of_lives([[1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0]], [0, 1, 2])
+    assert minimum_accuracies(history) == {0: 0.0, 1: 0.0}
+    assert min(np.mean(row[:2]) for row in history.accuracy[2:]) == 0.5
+    assert minimum_accuracy(history) == 0.0
+
+
+def test_with_one_task_there_is_no_minimum():
+    history = of_lives([[0.2, 0.9]], [0])
+    assert minimum_accuracy(history) is None
+    assert worst_case_accuracy(history) == 0.9
+    assert summary(history)["min-ACC"] is None
+
+
+@given(LIVES, st.integers(2, 12))
+@settings(max_examples=100, deadline=None)
+def test_drops_and_rises_within_windows_are_those_of_trying_every_pair(values, window):
+    history = of_lives([values], [0])
+    pairs = [(m, n) for n in range(len(values)) for m in range(max(0, n - window + 1), n)]
+    drop = max([0.0, *(values[m] - values[n] for m, n in pairs)])
+    rise = max([0.0, *(values[n] - values[m] for m, n in pairs)])
+    assert windowed(history, window)[0] == pytest.approx(drop)
+    assert windowed(history, window, plasticity=True)[0] == pytest.approx(rise)
+    released = windowed(history, window, plasticity=True, as_released=True)[0]
+    assert released <= rise + 1e-12
+
+
+@given(LIVES)
+@settings(max_examples=100, deadline=None)
+def test_the_largest_drop_and_rise_of_a_window_are_those_of_trying_every_pair(values):
+    pairs = [(m, n) for n in range(len(values)) for m in range(n)]
+    assert largest_drop(values) == pytest.approx(max([values[m] - values[n] for m, n in pairs], default=0))
+    assert largest_rise(values) == pytest.approx(max([values[n] - values[m] for m, n in pairs], default=0))
+
+
+def test_the_released_rise_skips_low_starts():
+    assert largest_rise([0.5, 0.1, 0.9]) == pytest.approx(0.8)
+    assert largest_rise([0.5, 0.1, 0.9], as_released=True) == pytest.approx(0.4)
+
+
+def test_forgetting_and_plasticity_are_means_over_tasks():
+    assert windowed_forgetting(TWO, 3) == pytest.approx((0.8 + 0.0) / 2)
+    assert windowed_plasticity(TWO, 3) == pytest.approx((0.7 + 0.6) / 2)
+
+
+def test_the_learning_curve_counts_a_tasks_own_training_and_only_complete_starts():
+    assert learning_curve_area(TWO, 2) == pytest.approx(((0.2 + 0.9) / 2 + (0.3 + 0.7) / 2) / 2)
+    assert learning_curve_area(TWO, 3) == pytest.approx((0.3 + 0.7 + 0.9) / 3)
+    assert learning_curve_area(TWO, 9) is None
+
+
+def test_an_interval_holds_the_accuracy_and_is_exact():
+    low, high = accuracy_interval(0.9, 200)
+    assert low < 0.9 < high and accuracy_interval(1.0, 20)[0] == pytest.approx(0.025 ** (1 / 20))
+
+
+def test_bad_histories_and_windows_are_refused():
+    with pytest.raises(InvalidAudit, match="before the first"):
+        worst_case_accuracy(History((), ()))
+    with pytest.raises(InvalidAudit, match="outside"):
+        History((0,), ((1.2,),))
+    with pytest.raises(InvalidAudit, match="outside"):
+        History((0,), ((float("nan"),),))
+    with pytest.raises(InvalidAudit, match="2 tasks were met"):
+        History((1,), ((0.5,),))
+    with pytest.raises(InvalidAudit, match="at least 2"):
+        windowed(TWO, 1)
+    with pytest.raises(InvalidAudit, match="at least 1"):
+        learning_curve_area(TWO, 0)

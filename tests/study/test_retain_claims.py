@@ -1,0 +1,78 @@
+"""Figures that claims on continual learning are judged by, on results that are known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from palimpsest.core.errors import InvalidRecipe
+from palimpsest.study.replication import load_replication
+from palimpsest.study.retain import RetainCell, RetainResult, load_retain_recipe
+from palimpsest.study.retain.figures import RetainStudied, figure_of
+
+HERE = Path(__file__).parents[2] / "replications"
+
+
+def cell(label="er", stream="one", seed=0, accuracy=0.8):
+    outcome = {
+        "matrix": [[0.9, None], [0.5, 0.7]],
+        "records": [10, 20],
+        "history": {
+            "steps": [1, 2, 3, 4, 5],
+            "learning": [0, 0, 1, 1, 1],
+            "accuracy": [[0.4], [0.9], [0.6, 0.1], [0.2, 0.3], [0.1, 0.7]],
+            "sizes": [5, 5],
+        },
+        "measures": {"accuracy": accuracy, "min-ACC": 0.1, "WC-ACC": 0.3},
+    }
+    return RetainCell(f"{label}{stream}{seed}", label, label, stream, seed, "done", outcome=outcome)
+
+
+def test_figures_of_a_cell_are_read_off_its_matrix_and_its_curve():
+    found = {
+        "accuracy": 0.8, "newest": 0.7, "first": 0.5, "records": 30, "start:1": 0.4, "start:1-2": 0.25,
+        "start:2 minus start:1": -0.3, "lowest:1:1": 0.6, "lowest:1:2": 0.2, "lowest:1:30": 0.1,
+        "accuracy-over-minimum": 0.7, "accuracy-over-worst-case": 0.5, "hidden-by-task-ends": 0.4,
+    }  # fmt: skip
+    for name, expected in found.items():
+        assert math.isclose(figure_of(cell(), name), expected, abs_tol=1e-12), name
+    assert figure_of(cell(), "start:2-3") is None and figure_of(cell(), "unheard-of") is None
+    with pytest.raises(InvalidRecipe, match="Cannot read"):
+        figure_of(cell(), "start:x")
+
+
+def test_streams_and_methods_are_compared_with_the_same_seed():
+    cells = [
+        cell(label, stream, seed, accuracy=base + seed / 10)
+        for label, shift in (("er", 0.0), ("plain", -0.2))
+        for stream, base in (("one", 0.5 + shift), ("power:6@0.1", 0.7 + shift))
+        for seed in (0, 1)
+    ]
+    studied = RetainStudied(RetainResult("study", Path(), tuple(cells)))
+    assert set(studied.units()) == {("one", 0), ("one", 1), ("power:6@0.1", 0), ("power:6@0.1", 1)}
+    figure = studied.once()["one", 1]
+    assert set(studied.once()) == {("one", 0), ("one", 1)}
+    assert figure("er", "accuracy") == pytest.approx(0.6)
+    assert figure("er", "accuracy@power:6@0.1") == pytest.approx(0.8)
+    assert figure("er", "gain:accuracy@power:6@0.1") == pytest.approx(0.2)
+    assert figure("er", "drop:accuracy@one vs power:6@0.1") == pytest.approx(-0.2)
+    assert figure("er", "drop:accuracy@one vs power:6@0.1 of plain") == pytest.approx(0.0)
+    assert figure("er", "share:records@one vs power:6@0.1") == pytest.approx(1.0)
+    assert figure("er", "accuracy@absent") is None
+
+
+@pytest.mark.parametrize("slug", ["cl-baselines", "stability-gap", "power-law"])
+def test_the_replications_can_be_read_and_their_claims_name_what_is_there(slug):
+    replication = load_replication(HERE / f"{slug}.yaml")
+    recipes = {name: load_retain_recipe({"name": name, **tree}) for name, tree in replication.studies.items()}
+    for claim in replication.claims:
+        recipe = recipes[claim.study]
+        titles = {method.title for method in recipe.methods}
+        assert set(claim.labels) <= titles
+        for condition in claim.conditions:
+            assert condition.minus is None or condition.minus in titles
+            places = condition.metric.partition("@")[2]
+            named = [part.partition(" of ")[0] for part in places.split(" vs ")] if places else []
+            assert set(named) <= set(recipe.streams), condition.metric
