@@ -15,6 +15,7 @@ from palimpsest.core.finding import Judgement
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.data import load_data
+from palimpsest.models import build_model
 from palimpsest.models.learnt_worlds import LEARNT_WORLDS
 from palimpsest.parts.reinitialise import fresh_start, starting
 from palimpsest.parts.training import TrainingRecipe
@@ -144,7 +145,7 @@ def test_published_facts_are_asked_after_solved_lines_about_other_entities(tmp_p
     records = load_data("restor", source=tmp_path)
     parts = pal.split(records, pal.by_column("group", "documents"))
     task = Language(vocabulary=300).fitted(records)
-    model = pal.models.build_model("small_llama", (), task.outputs(records), width=16, layers=1, heads=2)
+    model = build_model("small_llama", (), task.outputs(records), width=16, layers=1, heads=2)
     asked: list[str] = []
 
     class Listening(Language):

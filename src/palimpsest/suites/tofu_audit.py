@@ -125,7 +125,8 @@ class Tofu:
     def _answered(self, evidence: Evidence, role: str, name: str, asked: Sequence[Question]) -> Answered:
         """A set's answers; real authors and world facts have no paraphrase, the answer takes its place."""
         paraphrased = self.against == "paraphrase" and name not in OPTION_SETS
-        return answered(evidence, role, asked, self.new_tokens, paraphrased)
+        # the audit "recall" asks for all forget answers too, and what both ask is generated once
+        return answered(evidence, role, asked, self.new_tokens, paraphrased, skip=name != "forget")
 
 
 def question_sets(evidence: Evidence, items: int | None) -> dict[str, list[Question]]:
@@ -158,7 +159,12 @@ def _asked(
 
 
 def answered(
-    evidence: Evidence, role: str, asked: Sequence[Question], new_tokens: int = 200, paraphrased: bool = True
+    evidence: Evidence,
+    role: str,
+    asked: Sequence[Question],
+    new_tokens: int = 200,
+    paraphrased: bool = True,
+    skip: bool = True,
 ) -> Answered:
     """Losses and ROUGE of questions: one pass that scores, one that generates.
 
@@ -168,6 +174,7 @@ def answered(
         asked: Questions with as many wrong answers each.
         new_tokens: Of greedy answers.
         paraphrased: Whether the paraphrase, or else the answer, is what wrong answers are compared with.
+        skip: Whether answers that are known by heart are not generated (see `greedy_answers`).
 
     Raises:
         InvalidAudit: If the numbers of wrong answers differ.
@@ -176,8 +183,8 @@ def answered(
     counts = sorted({len(item.wrong) for item in asked})
     if len(counts) > 1:
         raise InvalidAudit(f"Every question needs as many wrong answers; lists of {counts} were given.")
-    texts = replies(evidence, role, asked, max_new_tokens=new_tokens)
-    rouge = rouge_score([text[0] for text in texts], [item.answer for item in asked], stem=True)
+    texts = greedy_answers(evidence, role, asked, given, new_tokens, skip)
+    rouge = rouge_score(texts, [item.answer for item in asked], stem=True)
     means = np.stack([item.mean.double().numpy() for item in given])
     return Answered(
         SetLosses(
@@ -190,6 +197,39 @@ def answered(
         means[:, 1],
         first_answers(given),
     )
+
+
+def greedy_answers(
+    evidence: Evidence,
+    role: str,
+    asked: Sequence[Question],
+    given: Sequence[Scores],
+    new_tokens: int,
+    skip: bool = True,
+) -> list[str]:
+    """The likeliest answer to every question.
+
+    Where each token of the gold answer, its end among them, is the likeliest after those before it, greedy
+    generation gives this very answer: it is not generated once more.
+
+    Args:
+        evidence: Whose model is asked.
+        role: Of the model.
+        asked: Questions.
+        given: Scores of their answers, the gold one first.
+        new_tokens: Of an answer; a longer gold answer is generated, so that it is cut alike.
+        skip: False generates all.
+    """
+    by_heart = [
+        skip and bool((item.right | ~item.mask)[0].all()) and int(item.mask[0].sum()) <= new_tokens
+        for item in given
+    ]
+    open_questions = [question for question, known_one in zip(asked, by_heart, strict=True) if not known_one]
+    texts = iter(replies(evidence, role, open_questions, max_new_tokens=new_tokens) if open_questions else [])
+    return [
+        question.answer.strip() if known_one else next(texts)[0]
+        for question, known_one in zip(asked, by_heart, strict=True)
+    ]
 
 
 def first_answers(given: Sequence[Scores]) -> Scores:
