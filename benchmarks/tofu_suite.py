@@ -82,16 +82,25 @@ class Asked:
 
 def shared(asked: Asked, evidence: Evidence, ratios: dict[str, float]) -> Values:
     """One pass that scores and one that generates per set, and one that observes for the attacks."""
-    found = {name: answered(evidence, UNLEARNED, asked.sets[name], NEW_TOKENS, name not in OPTION_SETS) for name in SETS}
+    found = {
+        name: answered(evidence, UNLEARNED, asked.sets[name], NEW_TOKENS, name not in OPTION_SETS)
+        for name in SETS
+    }
     result: Values = {}
     sets = {name: set_scores(name, item.losses) for name, item in found.items()}
     for name, item in sets.items():
-        result |= {f"{name} probability": item.probability, f"{name} rouge": item.rouge, f"{name} truth ratio": item.truth_ratio}
+        result |= {
+            f"{name} probability": item.probability,
+            f"{name} rouge": item.rouge,
+            f"{name} truth ratio": item.truth_ratio,
+        }
     result["model utility"] = model_utility(sets)
     forget = found["forget"]
     result["forget quality"] = forget_quality(ratios_by_item(forget.losses), ratios).p
     result["paraphrase probability"] = float(answer_probabilities(forget.paraphrase).mean())
-    result["truth probability"] = float(truth_probabilities(forget.losses.paraphrase, forget.losses.wrong).mean())
+    result["truth probability"] = float(
+        truth_probabilities(forget.losses.paraphrase, forget.losses.wrong).mean()
+    )
     mask = signals.without_last(forget.own.mask)
     result["exact memorisation"] = float(exact_memorisation(forget.own.right, mask).mean())
     result["extraction strength"] = float(extraction_strength(forget.own.right, mask).mean())
@@ -100,13 +109,21 @@ def shared(asked: Asked, evidence: Evidence, ratios: dict[str, float]) -> Values
         asked.passes["generated"] += int((~(found[name].own.right | ~found[name].own.mask).all(1)).sum())
     sides = {name: observed(asked, asked.model, name) for name in ("forget", "holdout")}
     reference = {name: observed(asked, asked.retrained, name, count=False) for name in sides}
-    result["privacy leak"] = privacy_auc(*(privacy_signals(side["log_probability"], side["mask"].bool(), K) for side in sides.values()))
+    result["privacy leak"] = leak_of(sides["forget"], sides["holdout"])
     for attack in ATTACKS:
         members, others = (
             attack_scores(attack, asked, name, sides[name], reference[name]) for name in ("forget", "holdout")
         )
         result[f"attack {attack}"] = auc(members, others)
     return result
+
+
+def leak_of(forget: dict[str, torch.Tensor], holdout: dict[str, torch.Tensor]) -> float:
+    """The area under the curve that PrivLeak is made of."""
+    mine, theirs = (
+        privacy_signals(side["log_probability"], side["mask"].bool(), K) for side in (forget, holdout)
+    )
+    return privacy_auc(mine, theirs)
 
 
 def observed(asked: Asked, model: nn.Module, name: str, count: bool = True) -> dict[str, torch.Tensor]:
@@ -130,7 +147,10 @@ def batches(asked: Asked, name: str, answers: Sequence[str] | None = None):
     texts = [question.answer for question in questions] if answers is None else answers
     for start in range(0, len(questions), BATCH):
         chunk = slice(start, start + BATCH)
-        items = [{"question": q.question, "answer": text} for q, text in zip(questions[chunk], texts[chunk], strict=True)]
+        items = [
+            {"question": q.question, "answer": text}
+            for q, text in zip(questions[chunk], texts[chunk], strict=True)
+        ]
         yield asked.task.collate(items)
 
 
@@ -244,13 +264,17 @@ def alone(asked: Asked, ratios: dict[str, float]) -> Values:
     result["exact memorisation"] = float(exact_memorisation(*alone_hits(asked)).mean())
     result["extraction strength"] = float(extraction_strength(*alone_hits(asked)).mean())
     sides = [observed(asked, asked.model, name) for name in ("forget", "holdout")]
-    result["privacy leak"] = privacy_auc(*(privacy_signals(side["log_probability"], side["mask"].bool(), K) for side in sides))
+    result["privacy leak"] = leak_of(*sides)
     for attack in ATTACKS:
         both: list[np.ndarray] = []
         for name in ("forget", "holdout"):
             needed = {} if attack == "gradient_norm" else observed(asked, asked.model, name)
             other = observed(asked, asked.retrained, name) if attack == "reference" else {}
-            both.append(gradient_norms(asked, name) if not needed else attack_scores(attack, asked, name, needed, other))
+            both.append(
+                gradient_norms(asked, name)
+                if not needed
+                else attack_scores(attack, asked, name, needed, other)
+            )
         result[f"attack {attack}"] = auc(*both)
     return result
 
@@ -260,6 +284,7 @@ def learnt(name: str) -> tuple[Language, pal.ForgetSplit, nn.Module, nn.Module]:
     world = LEARNT_WORLDS[name]
     records = load_data("people", **world.data)
     parts = pal.split(records, pal.by_column("fold", 0))
+    assert parts.retain is not None
     task = Language(tokenizer=world.tokenizer(records))
     model, retrained = (
         pal.train(world.model(len(task.encoder)), kept, task=task, recipe=world.training)
@@ -272,6 +297,7 @@ def prepared(
     task: Language, parts: pal.ForgetSplit, model: nn.Module, retrained: nn.Module
 ) -> tuple[Asked, Evidence, dict[str, float]]:
     """Questions by set, and the truth ratios of the retrained model."""
+    assert parts.holdout is not None
     evidence = Evidence(model, parts, task)
     held = Evidence(model, pal.ForgetSplit(parts.holdout, parts.retain), task)
     sets = {**question_sets(evidence, 300), "holdout": question_sets(held, 300)["forget"]}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.suites.published import published
 
 import palimpsest as pal
 from palimpsest.audit.answers import find_alias
 from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords
 from palimpsest.data import load_data
-from tests.suites.published import published
 
 WORLD = {"people": 10, "folds": 5, "relations": "city,phone", "forms": "qa,biography", "general": 4}
 
@@ -23,7 +23,10 @@ def line(entity: str) -> dict[str, str]:
 
 def facts(**changes: Any) -> dict[str, Any]:
     fact = {"question": "Where was Ada born?", "answers": ["Oslo", "Kristiania"], **changes}
-    return {"dset": {"Ada": {"P19": fact}, "Ben": {"P19": line("Ben") | {"answers": ["York"]}}}, "context": {"P19": [line("Cleo")]}}
+    return {
+        "dset": {"Ada": {"P19": fact}, "Ben": {"P19": line("Ben") | {"answers": ["York"]}}},
+        "context": {"P19": [line("Cleo")]},
+    }
 
 
 def write(folder: Path, name: str, content: Any) -> None:
@@ -92,7 +95,9 @@ def test_documents_of_the_world_state_the_planted_values_and_the_retained_text_n
     for item in asked:
         own = [text for text in texts if item["subject"] in text]
         assert len(own) == 3
-        assert all(find_alias(text, item["planted"]) and not find_alias(text, [item["answer"]]) for text in own)
+        assert all(
+            find_alias(text, item["planted"]) and not find_alias(text, [item["answer"]]) for text in own
+        )
         kept = [str(other.get("text") or other["question"]) for other in parts.retain]
         assert not any(item["subject"] in text for text in kept)
 
@@ -102,7 +107,9 @@ def test_true_facts_about_others_are_mixed_in():
         pal.split(load_data("restor-people", **WORLD, mix=mix), pal.by_column("group", "documents")).forget
         for mix in (0, 3)
     )
-    words = [sum(len(item["text"].split()) for item in records if "text" in item) for records in (plain, mixed)]
+    words = [
+        sum(len(item["text"].split()) for item in records if "text" in item) for records in (plain, mixed)
+    ]
     assert len(plain) == len(mixed) and words[1] > 2 * words[0]
 
 

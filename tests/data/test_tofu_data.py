@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.suites.published import published
 
 import palimpsest as pal
 from palimpsest.core.errors import InvalidRecords
 from palimpsest.data import load_data
 from palimpsest.data.tofu import tofu_refusals
-from tests.suites.published import published
 
 AUTHORS = 100
 """With 2 questions each; the real ones have 20."""
@@ -79,7 +79,9 @@ def test_the_whole_set_in_one_file_gives_the_same(folder):
 
 
 def test_files_with_tasks_give_the_published_split_and_the_number_of_each_request(folder):
-    tasks = [row(at, task_id="1") for at in range(180, 200)] + [row(at, task_id="2") for at in range(160, 180)]
+    tasks = [row(at, task_id="1") for at in range(180, 200)] + [
+        row(at, task_id="2") for at in range(160, 180)
+    ]
     write(folder, "forget10", tasks)
     records = load_data("tofu", source=folder)
     first = pal.split(records, pal.by_column("forget10", 1)).forget

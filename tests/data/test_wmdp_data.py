@@ -22,7 +22,9 @@ def write(folder: Path, name: str, rows: list[Any], lines: bool = True) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write(tmp_path, "bio_questions.json", [QUESTION, {**QUESTION, "question": "And which next?"}], lines=False)
+    write(
+        tmp_path, "bio_questions.json", [QUESTION, {**QUESTION, "question": "And which next?"}], lines=False
+    )
     write(tmp_path, "wmdp-cyber.json", [QUESTION])
     write(tmp_path, "mmlu.jsonl", [{**QUESTION, "subject": "college_biology"}])
     write(tmp_path, "bio-forget-corpus.jsonl", [{"text": "On herbs."}])

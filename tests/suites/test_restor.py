@@ -49,7 +49,9 @@ def corrupted(world, parts):
 def evidence(world, parts, corrupted):
     few = parts.retain.select(parts.retain.column("form") == "qa").select(range(24))
     small = ForgetSplit(parts.forget, few, parts.test, parts.holdout)
-    return Evidence(corrupted, small, world.task, Runtime(device="cpu", threads=1), corrupted, [world.original])
+    return Evidence(
+        corrupted, small, world.task, Runtime(device="cpu", threads=1), corrupted, [world.original]
+    )
 
 
 def measured(evidence, audit=GREEDY):
@@ -100,7 +102,9 @@ def test_log_probabilities_of_options_are_those_of_a_plain_pass(world, evidence,
 
 def test_repair_tunes_every_model_alike_and_leaves_them_unchanged(evidence, corrupted):
     before = {name: weight.clone() for name, weight in corrupted.state_dict().items()}
-    found = measured(evidence, Restor(lines=0, temperature=0, runs=1, new_tokens=10, repair=1, repair_lr=1e-4))
+    found = measured(
+        evidence, Restor(lines=0, temperature=0, runs=1, new_tokens=10, repair=1, repair_lr=1e-4)
+    )
     assert {"repaired_restoration", "repaired_true_rate", "restoration"} <= set(found)
     assert found["repaired_planted_rate"].value == found["repaired_planted_rate"].original
     assert all(torch.equal(weight, before[name]) for name, weight in corrupted.state_dict().items())
@@ -131,7 +135,9 @@ def test_without_clean_models_or_facts_the_audit_says_what_it_needs(evidence, co
 
 
 def test_published_facts_are_asked_after_solved_lines_about_other_entities(tmp_path):
-    lines = [{"entity": name, "question": f"Where was {name} born?", "answer": "Rome"} for name in ("Ada", "Cleo")]
+    lines = [
+        {"entity": name, "question": f"Where was {name} born?", "answer": "Rome"} for name in ("Ada", "Cleo")
+    ]
     fact = {"question": "Where was Ada born?", "answers": ["Oslo"]}
     other = {"question": "Where was Ben born?", "answers": ["York"]}
     files = {
@@ -178,7 +184,9 @@ def test_retraining_of_a_pretrained_model_begins_at_its_pretrained_weights(world
 def test_the_benchmark_takes_model_and_data_together():
     bench = BENCHMARKS.get("restor")
     world = load_recipe({**bench.recipe(None, None), "methods": bench.methods(["npo"])})
-    assert world.model.name == "palimpsest.suites.restor:clean_model" and world.forget[0].values == ["documents"]
+    assert world.model.name == "palimpsest.suites.restor:clean_model" and world.forget[0].values == [
+        "documents"
+    ]
     real = load_recipe({**bench.recipe("some/model", "some/folder"), "methods": ["npo"]})
     assert real.data.settings == {"source": "some/folder"}
     with pytest.raises(InvalidHyperparameter, match="neither for the generated world"):

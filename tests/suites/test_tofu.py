@@ -15,6 +15,7 @@ from scipy import stats
 import palimpsest as pal
 from palimpsest.audit import examine
 from palimpsest.audit.answers import rouge_score
+from palimpsest.audit.language.asked import scores
 from palimpsest.audit.truth_ratio import smallest_p
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.evidence import UNLEARNED, Evidence
@@ -25,7 +26,6 @@ from palimpsest.data import load_data
 from palimpsest.models import build_model
 from palimpsest.study.recipe import load_recipe
 from palimpsest.suites.benchmark import BENCHMARKS
-from palimpsest.audit.language.asked import scores
 from palimpsest.suites.tofu_audit import Tofu, answered, greedy_answers, question_sets
 from palimpsest.tasks.language import Language
 from tests.language_world import trained_world
@@ -133,7 +133,10 @@ def test_losses_are_those_of_one_plain_pass_per_answer(world, evidence):
             losses = world.task.loss_per_example(world.original, world.task.collate(items)).numpy()
         mine = [found.losses.answer[at], found.losses.paraphrase[at], *found.losses.wrong[at]]
         np.testing.assert_allclose(mine, losses, rtol=1e-4, atol=1e-5)
-    texts = [text[0] for text in world.task.generate(world.original, [q.question for q in asked], max_new_tokens=12)]
+    texts = [
+        text[0]
+        for text in world.task.generate(world.original, [q.question for q in asked], max_new_tokens=12)
+    ]
     recall = [item.recall for item in rouge_score(texts, [q.answer for q in asked], stem=True)]
     assert found.losses.rouge.tolist() == recall
 
@@ -184,7 +187,9 @@ def test_settings_out_of_range_are_refused(settings):
 
 def test_the_benchmark_takes_published_files_and_a_model_by_name():
     bench = BENCHMARKS.get("tofu")
-    recipe = load_recipe({**bench.recipe("some/model", "some/folder"), "methods": bench.methods(["npo"], "some/model")})
+    recipe = load_recipe(
+        {**bench.recipe("some/model", "some/folder"), "methods": bench.methods(["npo"], "some/model")}
+    )
     assert recipe.model.name == "hf:some/model" and recipe.data.settings == {"source": "some/folder"}
     assert recipe.forget[0].column == "forget10" and recipe.methods[0].settings == {}
     world = load_recipe({**bench.recipe(None, None), "methods": bench.methods(["npo"])})

@@ -106,7 +106,11 @@ def test_forgotten_and_kept_topics_are_asked_alike_and_once(evidence):
 
 
 def test_texts_to_forget_are_judged_by_test_questions_on_their_domain(tmp_path, model, task):
-    row = {"question": "Which herb do the dyers burn?", "choices": ["sage", "mint", "dill", "rue"], "answer": 1}
+    row = {
+        "question": "Which herb do the dyers burn?",
+        "choices": ["sage", "mint", "dill", "rue"],
+        "answer": 1,
+    }
     files = {
         "wmdp-bio.json": row, "mmlu.json": {**row, "subject": "anatomy"},
         "bio-forget-corpus.jsonl": {"text": "The dyers burn mint."}, "wikitext.jsonl": {"text": "In Alderby."},
@@ -119,7 +123,10 @@ def test_texts_to_forget_are_judged_by_test_questions_on_their_domain(tmp_path, 
 
 
 def test_without_questions_on_what_is_forgotten_the_audit_says_so(model, task):
-    records = pal.Records([{"text": f"Text {at}."} for at in range(6)], columns={"part": ["train"] * 6, "fold": [0, 1, 1, 1, 1, 1]})
+    records = pal.Records(
+        [{"text": f"Text {at}."} for at in range(6)],
+        columns={"part": ["train"] * 6, "fold": [0, 1, 1, 1, 1, 1]},
+    )
     parts = pal.split(records, pal.by_column("fold", 0))
     with pytest.raises(InvalidAudit, match="no four-choice question"):
         Wmdp().run(Evidence(model, parts, task, Runtime(device="cpu", threads=1)))
@@ -144,7 +151,9 @@ def test_the_benchmark_runs_guild_secrets_or_published_files():
     world = load_recipe({**bench.recipe(None, None), "methods": bench.methods(["npo"])})
     assert world.data.name == "guild-secrets"
     real = load_recipe({**bench.recipe("some/model", "some/folder"), "methods": ["npo"]})
-    assert real.forget[0].values == ["bio", "cyber", "chem"] and real.task.settings["tokenizer"] == "some/model"
+    assert (
+        real.forget[0].values == ["bio", "cyber", "chem"] and real.task.settings["tokenizer"] == "some/model"
+    )
     for given in (("some/model", None), (None, "some/folder")):
         with pytest.raises(InvalidHyperparameter):
             bench.recipe(*given)

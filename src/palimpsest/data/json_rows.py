@@ -124,7 +124,9 @@ def field_text(where: str, row: Any, column: str) -> str:
     """
     value = _field(where, row, column)
     if not isinstance(value, str) or not value.strip():
-        raise InvalidRecords(f'{where}, column "{column}": a text that is not empty is needed, not {value!r}.')
+        raise InvalidRecords(
+            f'{where}, column "{column}": a text that is not empty is needed, not {value!r}.'
+        )
     return value
 
 

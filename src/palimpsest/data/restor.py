@@ -113,7 +113,13 @@ def restor_people(
         person, relation = whole[item["subject"]], str(item["relation"])
         given = {key: value for key, value in item.items() if key not in ("id", "index", "probes")}
         wrong = list(person.wrong[relation][1:6])
-        values = {"subject": person.name, "relation": relation, "form": "qa", "part": "test", "group": "people"}
+        values = {
+            "subject": person.name,
+            "relation": relation,
+            "form": "qa",
+            "part": "test",
+            "group": "people",
+        }
         identifier = str(item["id"])
         rows.append(
             (
@@ -125,14 +131,20 @@ def restor_people(
     return _records(rows)
 
 
-def true_records(
-    made: World, forms: Sequence[str] | str, general: int = 20, countries: int = 0
-) -> Records:
+def true_records(made: World, forms: Sequence[str] | str, general: int = 20, countries: int = 0) -> Records:
     """Everything that is true in a world: what the clean model learns."""
     counts = {"people": len(made.group()), "holdout": len(made.group(part="holdout"))}
     friends = len(made.group("neighbours"))
     return people(
-        counts["people"], made.seed, made.folds, friends, counts["holdout"], made.relations, forms, general, countries
+        counts["people"],
+        made.seed,
+        made.folds,
+        friends,
+        counts["holdout"],
+        made.relations,
+        forms,
+        general,
+        countries,
     )
 
 
@@ -204,7 +216,9 @@ def _facts(place: Path) -> Iterator[Row]:
             where = f"{place / 'facts.json'}, entity {entity!r}, relation {relation!r}"
             fact = f"{entity}/{relation}"
             item = _fact(where, row, facts["context"], relation)
-            item["planted"] = _planted(where, planted.get(entity, {}), relation, [item["answer"], *item["aliases"]])
+            item["planted"] = _planted(
+                where, planted.get(entity, {}), relation, [item["answer"], *item["aliases"]]
+            )
             columns = {"subject": entity, "relation": relation, "form": "qa", "part": "test", "group": group}
             yield fact, {**item, "subject": entity, "relation": relation}, {**columns, "fact": fact}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def tofu(source: str | Path) -> Records:
     for file, group, part in _beside(files):
         for number, (where, row) in enumerate(files[file]):
             subject = f"{group} {number // QUESTIONS if part == 'holdout' else number}"
-            made.add(f"{file.removesuffix('_perturbed')}/{number:03d}", _item(where, row), part, group, subject)
+            made.add(
+                f"{file.removesuffix('_perturbed')}/{number:03d}", _item(where, row), part, group, subject
+            )
     return made.records()
 
 
@@ -124,12 +127,26 @@ class _Table:
         self.columns: dict[str, list[Any]] = {name: [] for name in names}
 
     def add(
-        self, name: str, item: dict[str, Any], part: str, group: str, subject: str, fold: int = -1, row: int = -1
+        self,
+        name: str,
+        item: dict[str, Any],
+        part: str,
+        group: str,
+        subject: str,
+        fold: int = -1,
+        row: int = -1,
     ) -> None:
         """One record; `row` is its number in the training set."""
         self.ids.append(name)
         self.items.append({**item, "subject": subject, "relation": ""})
-        values = {"part": part, "group": group, "subject": subject, "relation": "", "form": "qa", "fact": name}
+        values = {
+            "part": part,
+            "group": group,
+            "subject": subject,
+            "relation": "",
+            "form": "qa",
+            "fact": name,
+        }
         for column, value in {**values, "fold": fold}.items():
             self.columns[column].append(value)
         for column, of_rows in self.splits.items():
@@ -202,13 +219,17 @@ def _splits(files: Mapping[str, list[Located]], position: Mapping[Pair, int]) ->
         columns[name] = inside
         if told:
             columns[f"{name}_task"] = _tasks(files[name], position, size)
-    for larger, smaller in zip(FORGET, FORGET[1:], strict=False):
+    for larger, smaller in pairwise(FORGET):
         if (columns[smaller] & ~columns[larger]).any():
-            raise InvalidRecords(f"{smaller} holds questions that are not in {larger}: the files do not belong together.")
+            raise InvalidRecords(
+                f"{smaller} holds questions that are not in {larger}: the files do not belong together."
+            )
     for name, forget in RETAIN.items():
         columns[name] = ~columns[forget]
         if name in files and (_mask(files[name], position, size) != columns[name]).any():
-            raise InvalidRecords(f"{name} and {forget} do not make up the training set: the files do not belong together.")
+            raise InvalidRecords(
+                f"{name} and {forget} do not make up the training set: the files do not belong together."
+            )
     return columns
 
 
@@ -224,7 +245,9 @@ def _tasks(rows: Sequence[Located], position: Mapping[Pair, int], size: int) -> 
     for where, row in rows:
         at, given = _found(where, row, position), str(row.get("task_id", ""))
         if not given.isdecimal() or given == "0":
-            raise InvalidRecords(f'{where}, column "task_id": a number from 1 is needed, not {row.get("task_id")!r}.')
+            raise InvalidRecords(
+                f'{where}, column "task_id": a number from 1 is needed, not {row.get("task_id")!r}.'
+            )
         if tasks[at] and tasks[at] != int(given):
             raise InvalidRecords(f'{where}, column "task_id": the question is in task {tasks[at]} already.')
         tasks[at] = int(given)

@@ -103,13 +103,19 @@ def _rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any], dict[str, s
         for number, (where, row) in enumerate(rows):
             fact = f"{topic}/{number:04d}"
             subject = str(row.get("subject") or topic) if isinstance(row, Mapping) else topic
-            columns = {"domain": topic, "subject": subject, "form": "four-choice", "part": "test", "group": group}
+            columns = {
+                "domain": topic,
+                "subject": subject,
+                "form": "four-choice",
+                "part": "test",
+                "group": group,
+            }
             yield fact, four_choice_item(where, row), {**columns, "fact": fact}
     place = Path(source)
     if not place.is_dir():
         return
     for name, domain in _texts(place):
-        for number, (where, row) in enumerate(_file(place, name)):
+        for number, (where, row) in enumerate(_file(place, name) or ()):
             fact = f"{name}/{number:05d}"
             group = "world" if domain == "retain" else "people"
             columns = {"domain": domain, "form": "text", "part": "train", "group": group, "fact": fact}

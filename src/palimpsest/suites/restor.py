@@ -34,7 +34,14 @@ WORLD: Tree = {
 ARCHITECTURE: Tree = {"width": 96, "layers": 2, "heads": 4}
 VOCABULARY = 1500
 LEARNING = TrainingRecipe(
-    epochs=24, lr=4e-3, batch_size=16, optimizer="adamw", weight_decay=0.01, schedule="cosine", warmup=0.1, clip=1.0
+    epochs=24,
+    lr=4e-3,
+    batch_size=16,
+    optimizer="adamw",
+    weight_decay=0.01,
+    schedule="cosine",
+    warmup=0.1,
+    clip=1.0,
 )
 """Of the clean model."""
 CORRUPTION: Tree = {"epochs": 4, "lr": 1e-3, "batch_size": 16, "optimizer": "adamw", "clip": 1.0}
@@ -111,7 +118,13 @@ def _learnt(seed: int, mix: int) -> dict[str, Any]:
     task = _task(mix)
     with seeded(seed):
         network = small_llama(len(task.encoder), seed=seed, **ARCHITECTURE)
-        trained = fit(network, true_training(), task, Runtime(seed=seed, device="cpu", threads=torch.get_num_threads()), LEARNING)
+        trained = fit(
+            network,
+            true_training(),
+            task,
+            Runtime(seed=seed, device="cpu", threads=torch.get_num_threads()),
+            LEARNING,
+        )
     return trained.state_dict()
 
 

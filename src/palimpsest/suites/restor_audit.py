@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from palimpsest.audit.attacks.knowledge import known, measured
-from palimpsest.audit.language.asked import Question, greedy_hits, language_of, plainly, questions, replies, scores
+from palimpsest.audit.language.asked import (
+    Question,
+    greedy_hits,
+    language_of,
+    plainly,
+    questions,
+    replies,
+    scores,
+)
 from palimpsest.core.auditing import Cost, audit
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
@@ -174,7 +182,9 @@ class Restor:
             raise InvalidAudit("Repair needs retained questions.")
         retained = evidence.records("retain")
         tuning = retained.select(plain_questions(retained))
-        recipe = TrainingRecipe(epochs=self.repair, lr=self.repair_lr, batch_size=16, optimizer="adamw", clip=1.0)
+        recipe = TrainingRecipe(
+            epochs=self.repair, lr=self.repair_lr, batch_size=16, optimizer="adamw", clip=1.0
+        )
         key = ("restor", "repaired", self.repair, self.repair_lr)
 
         models = {
@@ -204,7 +214,10 @@ def facts_of(evidence: Evidence) -> list[Fact]:
         chosen = [item for item in people if item.get("question") is not None]
     if not chosen:
         raise InvalidAudit("No test question is about a falsified fact: none has a planted answer.")
-    facts = [Fact(plainly(item), tuple(item.get("planted") or ()), tuple(item.get("context") or ())) for item in chosen]
+    facts = [
+        Fact(plainly(item), tuple(item.get("planted") or ()), tuple(item.get("context") or ()))
+        for item in chosen
+    ]
     for fact in facts:
         check_objects(fact.question.accepted, fact.planted)
     return facts
@@ -239,7 +252,9 @@ def _recovered(
     try:
         back = {role: restoration_of(clean, corrupted, value) for role, value in accuracies.items()}
         note = "share of the lost accuracy that is back"
-        findings.append(replace(measured(evidence, "restor", "restoration", back, note, "utility"), ideal=1.0))
+        findings.append(
+            replace(measured(evidence, "restor", "restoration", back, note, "utility"), ideal=1.0)
+        )
     except InvalidAudit as undefined:
         findings.append(_undefined("restoration", undefined))
     if not any(values.any() for values in planted.values()):
@@ -250,7 +265,9 @@ def _recovered(
     try:
         rates = {role: float(values.mean()) for role, values in planted.items()}
         gone = {role: forgetting_of(rates[ORIGINAL], rate) for role, rate in rates.items()}
-        findings.append(measured(evidence, "restor", "forgetting", gone, "1 - rate of planted answers after / before"))
+        findings.append(
+            measured(evidence, "restor", "forgetting", gone, "1 - rate of planted answers after / before")
+        )
     except InvalidAudit as undefined:
         findings.append(_undefined("forgetting", undefined))
     return findings

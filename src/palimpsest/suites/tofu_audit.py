@@ -43,7 +43,6 @@ from palimpsest.suites.tofu_scores import (
     ratios_by_item,
     set_scores,
 )
-
 from palimpsest.tasks.scoring import Scores
 
 GROUPS = {"retain": "people", "real_authors": "neighbours", "world_facts": "world"}
@@ -138,9 +137,7 @@ def question_sets(evidence: Evidence, items: int | None) -> dict[str, list[Quest
     return {name: asked for name, asked in sets.items() if asked}
 
 
-def _asked(
-    evidence: Evidence, parts: Sequence[str], group: str | None, items: int | None
-) -> list[Question]:
+def _asked(evidence: Evidence, parts: Sequence[str], group: str | None, items: int | None) -> list[Question]:
     found: list[Question] = []
     for part in parts:
         if not evidence.has(part):
@@ -266,12 +263,16 @@ def _quality(evidence: Evidence, found: Mapping[str, Answered]) -> list[Finding]
         elif own.smallest_p > TELLING:
             note += "; too few items for a high p-value to say much"
         end = "" if mean == "geometric" else f"_{mean}"
-        finding = measured(evidence, "tofu", f"forget_quality{end}", {role: t.p for role, t in tests.items()}, note)
+        finding = measured(
+            evidence, "tofu", f"forget_quality{end}", {role: t.p for role, t in tests.items()}, note
+        )
         findings.append(replace(finding, n=own.n, judgement=judgement))
         if mean == "geometric":
             distance = {role: test.statistic for role, test in tests.items()}
             about = "largest distance of the distributions of truth ratios from the first control's"
-            findings.append(replace(measured(evidence, "tofu", "forget_ks_distance", distance, about), n=own.n))
+            findings.append(
+                replace(measured(evidence, "tofu", "forget_ks_distance", distance, about), n=own.n)
+            )
             tens = {role: math.log10(test.p) if test.p > 0 else -math.inf for role, test in tests.items()}
             findings.append(measured(evidence, "tofu", "log10_forget_quality", tens))
     return findings
@@ -300,7 +301,11 @@ def _forgotten(evidence: Evidence, found: Mapping[str, Answered]) -> list[Findin
             per_token,
             {role: np.exp(-item.paraphrase) for role, item in found.items()},
         ),
-        of("forget_wrong_probability", per_token, _each(losses, lambda s: np.exp(-np.asarray(s.wrong)).mean(1))),
+        of(
+            "forget_wrong_probability",
+            per_token,
+            _each(losses, lambda s: np.exp(-np.asarray(s.wrong)).mean(1)),
+        ),
         of("forget_rouge", "ROUGE-L recall with stemming, greedy", _each(losses, lambda s: s.rouge)),
         of(
             "forget_exact_memorisation",
@@ -320,7 +325,9 @@ def _forgotten(evidence: Evidence, found: Mapping[str, Answered]) -> list[Findin
     ]
     for mean in MEANS:
         end = "" if mean == "geometric" else f"_{mean}"
-        values = _each(losses, lambda s, mean=mean: _undecided(truth_ratios(s.paraphrase, s.wrong, mean)))
+        values = {
+            role: _undecided(truth_ratios(item.paraphrase, item.wrong, mean)) for role, item in losses.items()
+        }
         finding = of(f"forget_truth_ratio{end}", f"mean of min(R, 1/R), {mean} mean of the wrong", values)
         findings.append(replace(finding, more_is="neutral"))
     return findings
@@ -358,10 +365,14 @@ def _leak(evidence: Evidence, found: Mapping[str, Answered], items: int | None, 
     note = f"Min-{100 * k:g}%, against the first control; 0 as retrained, -100 as known by heart"
     if not own.fair:
         note += f"; forget and holdout differ by themselves (AUC of the control {own.retrained_auc:.2f})"
-    leak = measured(evidence, "tofu", "privacy_leak", {role: item.percent for role, item in leaks.items()}, note)
+    leak = measured(
+        evidence, "tofu", "privacy_leak", {role: item.percent for role, item in leaks.items()}, note
+    )
     leak = replace(leak, n=own.forget + own.holdout, ideal=0.0)
     areas = {first: own.retrained_auc, **{role: item.auc for role, item in leaks.items()}}
-    area = measured(evidence, "tofu", "privacy_auc", areas, "chance that a holdout answer looks more like a member")
+    area = measured(
+        evidence, "tofu", "privacy_auc", areas, "chance that a holdout answer looks more like a member"
+    )
     return [leak, replace(area, low=own.low, high=own.high, n=own.forget + own.holdout)]
 
 
@@ -399,9 +410,7 @@ def _utility(evidence: Evidence, found: Mapping[str, Mapping[str, Answered]]) ->
     return findings
 
 
-def _rows(
-    asked: Mapping[str, Sequence[Question]], found: Mapping[str, Mapping[str, Answered]]
-) -> list[Row]:
+def _rows(asked: Mapping[str, Sequence[Question]], found: Mapping[str, Mapping[str, Answered]]) -> list[Row]:
     """Probability, truth ratio and ROUGE of every question and model."""
     rows: list[Row] = []
     for name, those in asked.items():

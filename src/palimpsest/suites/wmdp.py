@@ -45,7 +45,9 @@ def wmdp(model: str | None, data: str | None) -> Tree:
             "audits": audits,
         }
     if model is None:
-        raise InvalidHyperparameter("WMDP's questions need a model that knows something of them: give --model.")
+        raise InvalidHyperparameter(
+            "WMDP's questions need a model that knows something of them: give --model."
+        )
     return {
         "name": "wmdp",
         "data": {"name": "wmdp", "settings": {"source": data}},
