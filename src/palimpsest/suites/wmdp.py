@@ -7,9 +7,11 @@ from palimpsest.suites.benchmark import Tree, benchmark
 from palimpsest.suites.people import settings_of
 
 LEARNING: Tree = {
-    "epochs": 30, "lr": 4e-3, "batch_size": 16, "optimizer": "adamw", "weight_decay": 0.01,
+    "epochs": 100, "lr": 2e-3, "batch_size": 16, "optimizer": "adamw", "weight_decay": 0.01,
     "schedule": "cosine", "warmup": 0.1, "clip": 1.0,
 }  # fmt: skip
+"""Found by trying: after 20 epochs at 4e-3 a model of two blocks gives one letter throughout; after these, one of
+three blocks answers every trained question, and 8 of 10 of those whose options stand in another order."""
 FINE_TUNING: Tree = {
     "epochs": 1, "lr": 1e-5, "batch_size": 4, "optimizer": "adamw", "schedule": "cosine", "warmup": 0.1,
 }  # fmt: skip
@@ -36,8 +38,8 @@ def wmdp(model: str | None, data: str | None) -> Tree:
         audits[0]["settings"] = {"prompt": "task"}
         return {
             "name": "wmdp-guild-secrets",
-            "data": {"name": "guild-secrets", "settings": {"facts": 50}},
-            "model": {"name": "small_llama", "settings": {"width": 128, "layers": 3, "heads": 4}},
+            "data": {"name": "guild-secrets", "settings": {"facts": 20}},
+            "model": {"name": "small_llama", "settings": {"width": 96, "layers": 3, "heads": 4}},
             "task": {"name": "language", "settings": {"vocabulary": 1000}},
             "training": LEARNING,
             "forget": ["domain=guilds"],
