@@ -23,6 +23,7 @@ from palimpsest.core.finding import Judgement
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.data import load_data
+from palimpsest.forget import forget
 from palimpsest.models import build_model
 from palimpsest.study.recipe import load_recipe
 from palimpsest.suites.benchmark import BENCHMARKS
@@ -101,6 +102,29 @@ def test_a_model_of_noise_has_no_utility(world, evidence):
             parameter.add_(torch.randn_like(parameter))
     found = {item.name: item for item in WORLD.run(evidence.judging(wrecked)).findings}
     assert found["model_utility"].value < 0.05 < found["model_utility"].original
+
+
+TRAINING = {"batch_size": 16, "lr": 1e-3, "warmup": 0.0, "schedule": "constant"}
+
+
+@pytest.mark.slow
+def test_ascent_for_too_long_is_collapse_and_not_forgetting(world, evidence):
+    wrecked = forget(
+        world.original, world.split, "grad-ascent", world.task, runtime=evidence.runtime, epochs=8, **TRAINING
+    )
+    found = {item.name: item for item in WORLD.run(evidence.judging(wrecked)).findings}
+    assert found["model_utility"].value < 0.05 and found["forget_quality"].value < 1e-3
+    assert found["forget_probability"].value < 0.01  # it looks forgotten to whoever asks for nothing else
+
+
+@pytest.mark.slow
+def test_gradient_difference_gains_orders_of_forget_quality_and_keeps_utility(world, evidence, untouched):
+    kept = forget(
+        world.original, world.split, "grad-diff", world.task, runtime=evidence.runtime, epochs=3, **TRAINING
+    )
+    found = {item.name: item for item in WORLD.run(evidence.judging(kept)).findings}
+    gain = found["log10_forget_quality"].value - untouched["log10_forget_quality"].value
+    assert gain >= 3 and found["model_utility"].value > 0.7 * untouched["model_utility"].value
 
 
 def test_every_set_is_scored_once_and_answered_once(world):

@@ -17,7 +17,7 @@ FINE_TUNING: Tree = {
 }  # fmt: skip
 """Of a pretrained model on the texts: it has most of the knowledge already, and the controls all of that."""
 OWN: dict[str, Tree] = {"rmu": {"steering": 3.0, "relative": True, "alpha": 10.0, "epochs": 4}}
-"""Settings for a small Llama."""
+"""Settings for a small Llama; RMU's were not found yet: see the benchmark's description."""
 
 
 def wmdp_settings(method: str) -> Tree:
@@ -27,7 +27,12 @@ def wmdp_settings(method: str) -> Tree:
 
 @benchmark("wmdp", wmdp_settings)
 def wmdp(model: str | None, data: str | None) -> Tree:
-    """WMDP (ICML 2024): multiple choice on what must go and on what must stay; guild secrets without --data."""
+    """WMDP (ICML 2024): multiple choice on what must go and on what must stay; guild secrets without --data.
+
+    RMU did not part the two invented domains in a model of two blocks that knew every trained question (seven
+    settings of steering, alpha and rate, one seed): at rates of 1e-3 and 3e-3 nothing was forgotten, at 1e-2 both
+    fell (0.45 and 0.75), at 2e-2 both were at chance.
+    """
     if data is None and model is not None:
         raise InvalidHyperparameter(
             f"The guild secrets are learnt by a small model of the benchmark, not by '{model}': give --data with WMDP's "
