@@ -63,7 +63,9 @@ class Checked(Audit, Protocol):
         ...
 
 
-AUDITS: Registry[type[Audit]] = Registry("audit", "palimpsest.audit", "palimpsest.audits")
+AUDITS: Registry[type[Audit]] = Registry(
+    "audit", ("palimpsest.audit", "palimpsest.suites"), "palimpsest.audits"
+)
 """All audits by name. Third parties register through the entry-point group `palimpsest.audits`."""
 
 C = TypeVar("C")
