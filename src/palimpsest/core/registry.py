@@ -29,6 +29,16 @@ class Registry(Generic[T]):
         self.packages = (package,) if isinstance(package, str) else package
         self._entries: dict[str, T] = {}
         self._loaded = False
+        self._makers: list[Callable[[str], T | None]] = []
+
+    def made_by(self, maker: Callable[[str], T | None]) -> Callable[[str], T | None]:
+        """Decorator for what makes entries of names that are put together ("rule+method").
+
+        A maker gets a name that is not registered, and gives the entry, or None if the name is not of its
+        kind. Such entries are found by `get`, and not listed: there are too many.
+        """
+        self._makers.append(maker)
+        return maker
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that stores the decorated object under `name`; a name is taken only once."""
@@ -54,9 +64,13 @@ class Registry(Generic[T]):
         """
         if name not in self._entries:
             self.load()
-        if name not in self._entries:
-            raise UnknownName(self.kind, name, self._entries)
-        return self._entries[name]
+        if name in self._entries:
+            return self._entries[name]
+        for maker in self._makers:
+            made = maker(name)
+            if made is not None:
+                return made
+        raise UnknownName(self.kind, name, self._entries)
 
     def names(self) -> list[str]:
         """All names, sorted."""

@@ -89,6 +89,10 @@ class Runtime:
             return count
         return int(self.accelerator.reduce(torch.tensor(count, device=self.torch_device), "sum"))
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over all processes; itself for a single one."""
+        return values if self.processes == 1 else self.accelerator.reduce(values, "mean")
+
     def derive(self, *names: object) -> int:
         """A seed for the stream called `names`, independent of other streams of this runtime."""
         text = "/".join(str(part) for part in (self.seed, *names))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -20,13 +21,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from palimpsest.core.errors import InvalidHyperparameter, MissingNeed, NonFiniteLoss
-from palimpsest.core.records import Batch
+from palimpsest.core.modes import evaluating
+from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Card, check_range
-from palimpsest.forget.rules import RuleLike, rule_of
+from palimpsest.forget.rules import Rule, RuleLike, rule_of
 from palimpsest.forget.scopes import ScopeLike, scope_of
-from palimpsest.parts.tokens import token_counts
+from palimpsest.parts.tokens import token_counts, token_mean
 from palimpsest.tasks.language import Language
 
 HISTORY_ATTRIBUTE = "palimpsest_history"
@@ -120,7 +122,11 @@ class Context:
 
 
 class Objective(Protocol):
-    """What is minimised."""
+    """What is minimised.
+
+    It may also have `rows` (the records that the loop goes over in the place of the forget records, made
+    before anything else) and `collate` (how they become a batch), as `GradientMethod` has.
+    """
 
     @property
     def needs_original(self) -> bool:
@@ -235,6 +241,9 @@ class GradientUnlearner(Training):
         if needs_retain and split.retain is None:
             raise MissingNeed("The objective or its rule needs retained records: pass ForgetSplit.retain.")
         student = runtime.place(copy.deepcopy(model))
+        rows = getattr(self.objective, "rows", None)
+        if rows is not None:
+            split = dataclasses.replace(split, forget=rows(student, split, task, runtime))
         original = copy.deepcopy(student).eval() if self.objective.needs_original else None
         for parameter in [] if original is None else original.parameters():
             parameter.requires_grad_(False)
@@ -245,7 +254,7 @@ class GradientUnlearner(Training):
             shared, optimizer = runtime.shared(opened.model, optimizer)
             context = Context(shared, split, task, runtime, steps, self.epochs, original)
             losses_of = self.objective.begin(context)
-            update = rule.begin(opened.parameters, optimizer, self.clip)
+            update = rule.begin(opened.parameters, optimizer, self.clip, runtime)
             warmup = min(round(self.warmup * per_epoch), steps - 1)
             schedule = torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda done: self.factor(done, steps, warmup)
@@ -254,9 +263,13 @@ class GradientUnlearner(Training):
             shared.train()
             for window in runtime.track(self._windows(context, needs_retain), "unlearning", steps):
                 for step in window:
-                    forget, retain = _weighed(losses_of(step), step)
-                    update.add(forget, retain)
-                history.append({"epoch": window[0].epoch, **update.finish()})
+                    losses = losses_of(step)
+                    if rule.needs_retain:
+                        losses = _with_retain(losses, context, step, rule)
+                    forget, retain = _weighed(losses, step)
+                    update.add(forget, retain, losses.alpha)
+                row = update.finish(partial(_retained_loss, context, window))
+                history.append({"epoch": window[0].epoch, **row})
                 schedule.step()
             unlearned = opened.close()
         setattr(unlearned, HISTORY_ATTRIBUTE, history)
@@ -288,9 +301,12 @@ class GradientUnlearner(Training):
         number: int,
     ) -> list[Step]:
         split, task, runtime = context.split, context.task, context.runtime
-        forget = [
-            runtime.to_device(split.forget.batch(own, task.collate)) for own in self._own(gone, runtime)
-        ]
+        collate = getattr(self.objective, "collate", None)
+
+        def dressed(items: Sequence[dict[str, Any]]) -> Batch:
+            return task.collate(items) if collate is None else collate(context, items, epoch)
+
+        forget = [runtime.to_device(split.forget.batch(own, dressed)) for own in self._own(gone, runtime)]
         retain: list[Batch | None] = [None] * len(forget)
         if kept is not None and split.retain is not None:
             retain = [
@@ -330,6 +346,14 @@ class GradientMethod(Training):
         """Whether every step is given retained records."""
         return False
 
+    def rows(self, model: nn.Module, split: ForgetSplit, task: Language, runtime: Runtime) -> Records:
+        """What the loop goes over: the forget records, unless a method makes others of them."""
+        return split.forget
+
+    def collate(self, context: Context, items: Sequence[dict[str, Any]], epoch: int) -> Batch:
+        """How forget records become a batch."""
+        return context.task.collate(items)
+
     def begin(self, context: Context) -> Callable[[Step], Losses]:
         """The losses of a step."""
         raise NotImplementedError
@@ -350,15 +374,42 @@ def _counts(forget: Batch, retain: Batch | None) -> dict[tuple[Side, Per], int]:
     return counts
 
 
+def _with_retain(losses: Losses, context: Context, step: Step, rule: Rule) -> Losses:
+    """Losses for a rule that looks at retained records: its own retain term where the objective has none.
+
+    Raises:
+        InvalidHyperparameter: If the forget term has no weight: there is nothing to project.
+    """
+    check_range("gamma", losses.gamma, 0, math.inf, open_low=True)
+    if losses.retain is not None:
+        return losses
+    return dataclasses.replace(losses, retain=_nll(context, step), alpha=rule.alpha)
+
+
+def _nll(context: Context, step: Step) -> Term:
+    """Token-mean loss of the retained records: what a rule protects where the objective has no retain term."""
+    if step.retain is None:
+        raise MissingNeed("The rule protects retained records: pass ForgetSplit.retain.")
+    return Term(token_mean(context.task.logits(context.model, step.retain), step.retain["labels"]), "token")
+
+
+@torch.no_grad()
+def _retained_loss(context: Context, window: Sequence[Step]) -> float:
+    """Token-mean loss of all retained records of an optimizer step, over all processes, in evaluation mode."""
+    with evaluating(context.model):
+        own = [step.shares["retain", "token"] * _nll(context, step).value for step in window]
+    return float(context.runtime.mean(torch.stack(own).sum()))
+
+
 def _weighed(losses: Losses, step: Step) -> tuple[Tensor, Tensor | None]:
-    """Forget and retain loss with their weights and shares.
+    """Forget loss with its weight, and retain loss without; both with their shares.
 
     Raises:
         NonFiniteLoss: If one is NaN or Inf; nothing is applied.
     """
     sides: list[Tensor | None] = []
     terms: tuple[tuple[Side, Term | None, float], ...] = (
-        ("forget", losses.forget, losses.gamma), ("retain", losses.retain, losses.alpha),
+        ("forget", losses.forget, losses.gamma), ("retain", losses.retain, 1.0),
     )  # fmt: skip
     for side, term, weight in terms:
         if term is None:

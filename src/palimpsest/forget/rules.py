@@ -11,18 +11,30 @@ from torch import Tensor, nn
 
 from palimpsest.core.errors import InvalidHyperparameter
 from palimpsest.core.registry import Registry
+from palimpsest.core.runtime import Runtime
 from palimpsest.core.unlearner import build
 
 
 class Update(Protocol):
     """One optimizer step, in the making."""
 
-    def add(self, forget: Tensor, retain: Tensor | None) -> None:
-        """Take the losses of one microbatch, weighed by their share in the step."""
+    def add(self, forget: Tensor, retain: Tensor | None, alpha: float = 1.0) -> None:
+        """Take the losses of one microbatch, weighed by their share in the step.
+
+        Args:
+            forget: With its weight gamma.
+            retain: Without its weight, so that it can be protected even where alpha is 0.
+            alpha: Weight of the retain loss in what is minimised.
+        """
         ...
 
-    def finish(self) -> dict[str, float]:
-        """Step, and tell what was seen: losses and what the rule measured."""
+    def finish(self, retained: Callable[[], float] | None = None) -> dict[str, float]:
+        """Step, and tell what was seen: losses and what the rule measured.
+
+        Args:
+            retained: Measures the loss of this step's retained records with the parameters as they stand; for
+                rules that try out steps.
+        """
         ...
 
 
@@ -31,8 +43,20 @@ class Rule(Protocol):
 
     needs_retain: ClassVar[bool]
 
+    @property
+    def alpha(self) -> float:
+        """Weight of the token-mean loss that a rule which needs one gets where the objective has no retain term.
+
+        At 0 it is protected, and not minimised.
+        """
+        ...
+
     def begin(
-        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, clip: float | None
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        clip: float | None,
+        runtime: Runtime | None = None,
     ) -> Update:
         """The updates of one run; state (older gradients) lives in what is returned."""
         ...
@@ -79,9 +103,14 @@ class Sum:
     """Descend on the sum of both losses: what every published loop does."""
 
     needs_retain: ClassVar[bool] = False
+    alpha: ClassVar[float] = 0.0
 
     def begin(
-        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, clip: float | None
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        clip: float | None,
+        runtime: Runtime | None = None,
     ) -> SumUpdate:
         """Plain accumulation."""
         return SumUpdate(parameters, optimizer, clip)
@@ -96,14 +125,15 @@ class SumUpdate:
         self.parameters, self.optimizer, self.clip = list(parameters), optimizer, clip
         self.seen = {"forget_loss": 0.0, "retain_loss": 0.0}
 
-    def add(self, forget: Tensor, retain: Tensor | None) -> None:
+    def add(self, forget: Tensor, retain: Tensor | None, alpha: float = 1.0) -> None:
         """Add the gradient of a microbatch."""
+        retain = None if retain is None else alpha * retain
         total = forget if retain is None else forget + retain
         total.backward()
         self.seen["forget_loss"] += float(forget.detach())
         self.seen["retain_loss"] += 0.0 if retain is None else float(retain.detach())
 
-    def finish(self) -> dict[str, float]:
+    def finish(self, retained: Callable[[], float] | None = None) -> dict[str, float]:
         """Clip and step."""
         row = {**self.seen, "norm": clipped(self.parameters, self.clip)}
         self.optimizer.step()

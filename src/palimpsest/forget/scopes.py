@@ -101,7 +101,7 @@ class Named:
 
     def open(self, model: nn.Module, split: ForgetSplit, task: Language, runtime: Runtime) -> Opened:
         """Everything else frozen."""
-        return _only(model, list(matching(model, *self.patterns)))
+        return only(model, list(matching(model, *self.patterns)))
 
 
 @scope("blocks")
@@ -124,7 +124,7 @@ class Blocks:
         names = list(matching(model, *parts_of(model, self.layers, self.kind)))
         if not self.norms:
             names = [name for name in names if model.get_parameter(name).dim() > 1]
-        return _only(model, names)
+        return only(model, names)
 
 
 @scope("lora")
@@ -223,7 +223,7 @@ def salient(
     return {name: size >= threshold for name, size in sizes.items()}
 
 
-def _only(model: nn.Module, names: Sequence[str]) -> Opened:
+def only(model: nn.Module, names: Sequence[str]) -> Opened:
     """A model with the named parameters free, their flags restored at the end.
 
     Raises:

@@ -118,12 +118,12 @@ def _continued(
         return opening, targets
     mask = torch.cat([first["attention_mask"][owner], answers["attention_mask"].to(place)[:, :-1]], 1)
     positions = lengths[owner][:, None] + torch.arange(after.shape[1], device=place)
-    again = {_cache_argument(model): cache}
+    again = {cache_argument(model): cache}
     rest = model(input_ids=after, attention_mask=mask, position_ids=positions, use_cache=True, **again).logits
     return torch.cat([opening, rest], 1), targets
 
 
-def _cache_argument(model: nn.Module) -> str:
+def cache_argument(model: nn.Module) -> str:
     """What a model calls the keys and values that it is handed back: newer releases of transformers, "cache"."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
     return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"

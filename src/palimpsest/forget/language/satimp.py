@@ -1,0 +1,82 @@
+"""SatImp: gradient ascent that weighs tokens by saturation and importance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from palimpsest.core.needs import Need
+from palimpsest.core.search_space import Span
+from palimpsest.core.unlearner import Paper, check_range, unlearner
+from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
+from palimpsest.forget.objectives import satimp_loss
+from palimpsest.forget.terms import Retain, check_retain, retain_term
+
+
+@unlearner(
+    "satimp",
+    needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
+    tasks=("language",),
+    paper=Paper(
+        "Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning", "ICML 2025", "2505.11953"
+    ),
+    search={
+        "beta1": Span(1.0, 6.0),
+        "beta2": Span(0.5, 2.0),
+        "gamma": Span(0.1, 10.0, log=True),
+        "lr": Span(1e-4, 3e-3, log=True),
+        "epochs": Span(3, 15, integer=True),
+    },
+)
+@dataclass(frozen=True, kw_only=True)
+class SatImp(GradientMethod):
+    """Ascend on forget answers with weights p^beta1 (1 - p)^beta2 per token, detached.
+
+    The first factor leaves alone what is forgotten already (saturation), the second what any model would
+    say (importance): a token of probability near 1 pulls as little as one near 0, and with beta1 = 5 and
+    beta2 = 1 those at 5/6 pull most.
+
+    The released class and its configuration swap gamma and alpha; the paper's ratio of forget to retain is 10
+    to 1, which is the default here (gamma 1, alpha 0.1, as in the class).
+
+    Attributes:
+        beta1: Exponent of p.
+        beta2: Exponent of 1 - p.
+        gamma: Weight of the forget term.
+        alpha: Weight of the retain term.
+        retain: "nll" (token-mean loss), "kl" (from the original) or "none".
+    """
+
+    beta1: float = 5.0
+    beta2: float = 1.0
+    gamma: float = 1.0
+    alpha: float = 0.1
+    retain: Retain = "nll"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("beta1", self.beta1, 0, math.inf)
+        check_range("beta2", self.beta2, 0, math.inf)
+        check_retain(self.retain, self.gamma, self.alpha)
+
+    @property
+    def needs_original(self) -> bool:
+        """Only for the KL retain term: the released code keeps a copy that it never looks at."""
+        return self.retain == "kl"
+
+    @property
+    def needs_retain(self) -> bool:
+        """Unless there is no retain term."""
+        return self.retain != "none"
+
+    def begin(self, context: Context) -> Callable[[Step], Losses]:
+        """The two terms of a step."""
+
+        def losses(step: Step) -> Losses:
+            logits = context.task.logits(context.model, step.forget)
+            forget = satimp_loss(logits, step.forget["labels"], self.beta1, self.beta2)
+            retain = retain_term(context, step, self.retain)
+            return Losses(Term(forget, "token"), retain, self.gamma, self.alpha)
+
+        return losses
