@@ -51,7 +51,7 @@ def forget(
     card = unlearner.card
     if "any" not in card.tasks and task.name not in card.tasks:
         raise ModelMismatch(f"Method '{card.name}' works for {', '.join(card.tasks)}, not for {task.name}.")
-    require(unlearner.card.name, unlearner.card.needs, needs_met(model, split, unlearner))
+    require(unlearner.card.name, unlearner.card.needs, needs_met(model, split, unlearner, task))
     check_finite(model)
     task.check(runtime.place(model), split.forget, labels=Need.FORGET_LABELS in card.needs)
     if split.retain is not None:
@@ -76,9 +76,15 @@ def build_unlearner(name: str, settings: dict[str, Any]) -> Unlearner:
 
 
 def needs_met(
-    model: nn.Module | None, split: ForgetSplit, unlearner: Unlearner | None = None
+    model: nn.Module | None,
+    split: ForgetSplit,
+    unlearner: Unlearner | None = None,
+    task: Task | None = None,
 ) -> frozenset[Need]:
-    """What is at hand: from the model, the parts of the split, and the method's own settings."""
+    """What is at hand: from the model, the parts of the split, the method's own settings, and the domain.
+
+    In a domain whose records are their own labels (a text that is to be continued) labels are always there.
+    """
     have = {Need.FORGET_DATA}
     if model is not None:
         have.add(Need.MODEL)
@@ -90,4 +96,6 @@ def needs_met(
         have.add(Need.RETAIN_DATA)
         if split.retain.has_field("label") or split.retain.has_column("label"):
             have.add(Need.RETAIN_LABELS)
+    if getattr(task, "labelled", False):
+        have |= {Need.FORGET_LABELS} | ({Need.RETAIN_LABELS} if split.retain is not None else set())
     return frozenset(have | getattr(unlearner, "supplies", frozenset()))

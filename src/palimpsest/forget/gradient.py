@@ -406,6 +406,7 @@ def _weighed(losses: Losses, step: Step) -> tuple[Tensor, Tensor | None]:
 
     Raises:
         NonFiniteLoss: If one is NaN or Inf; nothing is applied.
+        InvalidHyperparameter: If the forget loss depends on nothing that moves.
     """
     sides: list[Tensor | None] = []
     terms: tuple[tuple[Side, Term | None, float], ...] = (
@@ -415,6 +416,10 @@ def _weighed(losses: Losses, step: Step) -> tuple[Tensor, Tensor | None]:
         if term is None:
             sides.append(None)
             continue
+        if side == "forget" and not term.value.requires_grad:
+            raise InvalidHyperparameter(
+                "The forget loss depends on no parameter that the scope lets move: choose another scope (or layer)."
+            )
         if not torch.isfinite(term.value):
             names = (step.forget if side == "forget" or step.retain is None else step.retain)["id"][:3]
             raise NonFiniteLoss(

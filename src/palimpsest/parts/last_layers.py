@@ -18,11 +18,21 @@ ON_THE_WAY = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 """Normalisation layers, which come along with the layers that they lie between."""
 
 
+def counts(module: nn.Module) -> bool:
+    """Whether a module is a layer that counts; so is GPT-2's linear layer, which transformers call Conv1D."""
+    return isinstance(module, COUNTED) or type(module).__name__ == "Conv1D"
+
+
+def _on_the_way(module: nn.Module) -> bool:
+    return isinstance(module, ON_THE_WAY) or type(module).__name__.endswith("RMSNorm")
+
+
 def last_parameters(model: nn.Module, k: int) -> list[str]:
     """Names of the parameters of the last `k` convolutional or linear layers.
 
     Modules are walked backwards in order of definition until `k` convolutions and linear layers are
-    reached; normalisation layers on the way are included, whatever lies before the k-th is not.
+    reached; normalisation layers on the way are included, whatever lies before the k-th is not. A weight that
+    the head shares with the embeddings goes by its first name.
 
     Raises:
         InvalidHyperparameter: If `k` is below 1 or above the number of such layers.
@@ -36,20 +46,20 @@ def last_parameters(model: nn.Module, k: int) -> list[str]:
     """
     inner = unwrapped(model)
     modules = [(name, module) for name, module in inner.named_modules()]
-    layers = sum(isinstance(module, COUNTED) for _, module in modules)
+    layers = sum(counts(module) for _, module in modules)
     if not 1 <= k <= layers:
         raise InvalidHyperparameter(
             f"k must lie between 1 and the {layers} convolutional and linear layers of the model, not {k!r}."
         )
-    reached, chosen = 0, set[str]()
-    for name, module in reversed(modules):
-        if not isinstance(module, (*COUNTED, *ON_THE_WAY)):
+    reached, chosen = 0, set[int]()
+    for _, module in reversed(modules):
+        if not (counts(module) or _on_the_way(module)):
             continue
-        chosen |= {f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)}
-        reached += isinstance(module, COUNTED)
+        chosen |= {id(parameter) for parameter in module.parameters(recurse=False)}
+        reached += counts(module)
         if reached == k:
             break
-    return [name for name, _ in inner.named_parameters() if name in chosen]
+    return [name for name, parameter in inner.named_parameters() if id(parameter) in chosen]
 
 
 def parameters_to_train(model: nn.Module, k: int, layers: Collection[str] = ()) -> list[str]:
@@ -83,11 +93,13 @@ def draw_anew(model: nn.Module, names: Collection[str]) -> None:
 
     In place, from torch's global random state (enter `runtime.seeded`). Normalisation layers keep theirs.
     """
-    for name, module in unwrapped(model).named_modules():
-        if not isinstance(module, COUNTED):
+    known = dict(unwrapped(model).named_parameters())
+    wanted = {id(known[name]) for name in names}
+    for module in unwrapped(model).modules():
+        if not counts(module):
             continue
-        for own, parameter in module.named_parameters(recurse=False):
-            if (f"{name}.{own}" if name else own) not in names:
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in wanted:
                 continue
             if parameter.dim() > 1:
                 nn.init.kaiming_normal_(parameter)
@@ -105,12 +117,12 @@ def put_back(model: nn.Module, names: Collection[str], initial: Mapping[str, Ten
     """
     parameters = dict(unwrapped(model).named_parameters())
     counted = {
-        f"{name}.{own}" if name else own
-        for name, module in unwrapped(model).named_modules()
-        if isinstance(module, COUNTED)
-        for own, _ in module.named_parameters(recurse=False)
+        id(parameter)
+        for module in unwrapped(model).modules()
+        if counts(module)
+        for parameter in module.parameters(recurse=False)
     }
-    wanted = [name for name in names if name in counted]
+    wanted = [name for name in names if id(parameters[name]) in counted]
     for name in wanted:
         if name not in initial or initial[name].shape != parameters[name].shape:
             raise ModelMismatch(

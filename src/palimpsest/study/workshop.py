@@ -180,7 +180,7 @@ class Workshop:
                 unlearner = build_unlearner(method.name, dict(method.settings))
                 if not {"any", self.task.name} & set(unlearner.card.tasks):
                     raise ModelMismatch(f"Method '{method.name}' does not work for {self.task.name}.")
-                require(method.title, unlearner.card.needs, needs_met(network, parts, unlearner))
+                require(method.title, unlearner.card.needs, needs_met(network, parts, unlearner, self.task))
 
     def original(self, job: Job) -> nn.Module:
         """The trained model that a cell starts from.

@@ -86,6 +86,11 @@ class Language:
         """It is fitted to all records: see `build_task`."""
         return True
 
+    @property
+    def labelled(self) -> bool:
+        """Whether every record holds its own labels: what is to be said is the answer, or the text."""
+        return True
+
     def fitted(self, records: Records) -> Language:
         """The same task with its tokenizer loaded, or made from the texts of records."""
         if self.tokenizer != "data":

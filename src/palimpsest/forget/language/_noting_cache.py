@@ -16,12 +16,14 @@ class NotingCache(DynamicCache):
     Attributes:
         beside: Caches of further models that read the same rows, by name.
         notes: Tensors with one entry per row, [rows, ...], by name.
+        width: Tokens of a row, padding included, that the first call was given.
     """
 
     def __init__(self, config: Any = None):
         super().__init__(config=config)
         self.beside: dict[str, DynamicCache] = {}
         self.notes: dict[str, Tensor] = {}
+        self.width = 0
 
     def cache_beside(self, name: str, config: Any = None) -> DynamicCache:
         """The cache of a further model, begun when it is first asked for."""

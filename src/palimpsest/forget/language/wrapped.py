@@ -32,6 +32,7 @@ class Call:
         positions: Of the tokens, [rows, tokens]; None lets the model count.
         cache: Of what was read before, with notes; None where nothing is kept.
         further: Other arguments of `forward` (`output_hidden_states`, ...).
+        before: Tokens of a row that the cache held when the call came.
     """
 
     ids: Int[Tensor, "rows tokens"]
@@ -39,19 +40,20 @@ class Call:
     positions: Int[Tensor, "rows tokens"] | None
     cache: NotingCache | None
     further: dict[str, Any]
+    before: int = 0
 
     @property
     def first(self) -> bool:
         """Whether nothing was read before: the rows begin with their prompts."""
-        return self.cache is None or int(self.cache.get_seq_length()) == 0
+        return self.before == 0
 
     @property
     def attended(self) -> Int[Tensor, "rows all_tokens"]:
         """The mask, of ones where none was given."""
         if self.mask is not None:
             return self.mask
-        before = 0 if self.cache is None else int(self.cache.get_seq_length())
-        return torch.ones(len(self.ids), before + self.ids.shape[1], dtype=torch.long, device=self.ids.device)
+        shape = (len(self.ids), self.before + self.ids.shape[1])
+        return torch.ones(shape, dtype=torch.long, device=self.ids.device)
 
     def change(self, **changes: Any) -> Call:
         """The same call with other values."""
@@ -111,7 +113,8 @@ class Wrapped(nn.Module):
                 f"A wrapped model continues from a cache that it gave itself, not from a {type(held).__name__}."
             )
         further.pop("logits_to_keep", None)
-        return self.answer(Call(input_ids, attention_mask, position_ids, held, further))
+        before = 0 if held is None else int(held.get_seq_length())
+        return self.answer(Call(input_ids, attention_mask, position_ids, held, further, before))
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **settings: Any) -> Any:

@@ -162,7 +162,7 @@ class Evaluator:
                 )
             for settings in candidates:
                 built = build_unlearner(method.name, settings)
-                require(method.name, built.card.needs, needs_met(self.model, half, built))
+                require(method.name, built.card.needs, needs_met(self.model, half, built, self.task))
 
     def rows(
         self,

@@ -212,7 +212,7 @@ def _check(
     task.check(runtime.place(model), records)
     gone = items.records_of(top(first, m))
     split = ForgetSplit(records.select(gone), records.select(~gone))
-    require(method.card.name, method.card.needs, needs_met(model, split, method))
+    require(method.card.name, method.card.needs, needs_met(model, split, method, task))
 
 
 def _used(
