@@ -14,6 +14,7 @@ import numpy as np
 
 from palimpsest.core.errors import InvalidRecords, shorten
 from palimpsest.core.records import Records
+from palimpsest.core.split import RESERVED
 from palimpsest.data.json_rows import (
     ENDS,
     Located,
@@ -43,8 +44,6 @@ NEEDED = (
 """Without these there are no six ways."""
 OTHER_NAMES = {"retain_qa": "retain2_qa", "retain_qa_icl": "retain2_qa_icl"}
 """How some copies call a split."""
-RESERVED = "reserved"
-"""Column: 1 for retained records that models are trained on and methods may not look at."""
 
 Files = dict[tuple[str, str], list[Located]]
 
