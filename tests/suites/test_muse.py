@@ -278,7 +278,7 @@ class TestPublishedFiles:
 
     def test_a_missing_file_is_named(self, folder):
         (folder / "knowmem" / "retain_qa.json").unlink()
-        with pytest.raises(InvalidRecords, match="lacks knowmem/retain_qa"):
+        with pytest.raises(InvalidRecords, match="lacks .*knowmem/retain_qa"):
             load_data("muse", source=folder)
 
     @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ class TestPublishedFiles:
             ("verbmem/forget", [{"prompt": "a", "gt": " "}], 'row 1, column "gt"'),
             ("raw/forget", [{"text": "one two"}, {"text": 3}], 'row 2, column "text"'),
             ("privleak/holdout", ["a b", ""], "row 2: a text that is not empty"),
-            ("privleak/forget", [], "privleak/forget hold no rows"),
+            ("privleak/forget", [], "privleak/forget.*hold no rows"),
             ("scal/forget_2", ["another text"], "scal/forget_1, row 1: the text is not in scal/forget_2"),
             ("sust/forget_2", ["forget number 0 tells a story of its own"], "sust/forget_2, row 1.*sust/forget_1"),
         ],

@@ -51,7 +51,7 @@ def rwku(source: str | Path) -> Records:
 
     In RWKU's setting a method is given the name of its target with one line about it, and nothing else: so
     every target is one record of part "train", whose text is that line (the name, where the files have none).
-    Everything else is of part "test". Columns: subject (the target), form ("target", "level 1" to "level 3",
+    Everything else is of part "test". Columns: target ("first" for the first target of the files, else "other"), subject (its name), form ("target", "level 1" to "level 3",
     "neighbour 1" and "neighbour 2", "forget member", "retain member", "utility ..."), kind (of adversarial
     probes), part. Forget `subject=Stephen King`.
 
@@ -81,6 +81,7 @@ def rwku(source: str | Path) -> Records:
     ]
     rows = [*known, *made]
     columns = {
+        "target": ["first" if item["subject"] == next(iter(targets)) else "other" for _, item, _ in rows],
         "subject": [item["subject"] for _, item, _ in rows],
         "form": [values["form"] for *_, values in rows],
         "kind": [values.get("kind", "") for *_, values in rows],

@@ -59,9 +59,9 @@ class Rwku:
 
     Recall is that of the package rouge (case and punctuation count), x 100. Only probes that the original
     answers in full are asked ("before" filtering), as the published ones were chosen by what Llama-3 answers;
-    the share that it answers is given as `before_...`, and a level or kind of which it answers less than
-    `telling` says nothing of forgetting and is called invalid. "all" pools over probes, the mean over targets
-    stands in its note. Where a probe offers options, the chance of guessing stands in the note.
+    its own recall is given as `before_...`, and a level or kind in which that is less than `telling` says
+    nothing of forgetting: it is called invalid, and has no part in "aa" and "all". These pool over probes; the
+    mean over targets stands in the note of "all". Where a probe offers options, the chance of guessing stands in the note.
 
     Membership attacks have no non-members and no area under a curve here: they are means over fragments
     about targets (FM) and others (RM), -100 times the log-likelihood (and the like), so that higher means less
@@ -102,8 +102,9 @@ class Rwku:
         """All scores, and rows by probe and by target."""
         language_of(evidence)
         given = self._ask(evidence, forget_probes(evidence, self.instructions, self.each))
-        kept = self._kept(evidence, given)
-        findings = [*self._levels(evidence, given, kept), *self._kinds(evidence, given, kept)]
+        answered = self._kept(evidence, given)
+        kept = answered & ~self._dropped(given)
+        findings = [*self._levels(evidence, given, answered, kept), *self._kinds(evidence, given, answered)]
         findings += self._neighbours(evidence)
         findings += self._members(evidence)
         findings += self._utility(evidence)
@@ -143,27 +144,45 @@ class Rwku:
             )
         return kept
 
-    def _levels(self, evidence: Evidence, given: Given, kept: NDArray[np.bool_]) -> list[Finding]:
-        """FB, QA, AA and all."""
+    def _dropped(self, given: Given) -> NDArray[np.bool_]:
+        """Probes of the levels and kinds that the original cannot be asked in."""
+        shapes = np.array([probe.kind or SHORT[probe.level] for probe in given.probes])
+        dropped = np.zeros(len(shapes), bool)
+        for shape in np.unique(shapes) if ORIGINAL in given.values else ():
+            dropped |= (shapes == shape) & (given.values[ORIGINAL][shapes == shape].mean() < self.telling)
+        return dropped
+
+    def _levels(
+        self,
+        evidence: Evidence,
+        given: Given,
+        answered: NDArray[np.bool_],
+        kept: NDArray[np.bool_],
+    ) -> list[Finding]:
+        """FB and QA, and pooled over what the original can be asked in AA and all."""
         levels = np.array([probe.level for probe in given.probes])
         findings = [
             finding
-            for level in LEVELS
-            for finding in self._group(evidence, SHORT[level], given, levels == level, kept, LEVELS[level])
+            for level in ("1", "2")
+            for finding in self._group(evidence, SHORT[level], given, levels == level, answered, LEVELS[level])
         ]
-        chosen = _probes(given, UNLEARNED, kept)
-        mean = recall(chosen).all.by_subject
-        every = self._group(evidence, "all", given, np.ones(len(levels), bool), kept, "all probes")
-        note = f"{every[0].note}; mean over targets {mean:.1f}"
-        return [*findings, replace(every[0], note=note, bears="outputs"), *every[1:]]
+        kinds = {probe.kind for probe, mine in zip(given.probes, kept, strict=True) if mine and probe.kind}
+        built = {probe.kind for probe in given.probes if probe.kind}
+        what = f"adversarial probes of {len(kinds)} of {len(built)} kinds"
+        findings += self._group(evidence, "aa", given, levels == "3", kept, what, whole=False)
+        every = self._group(evidence, "all", given, levels != "", kept, "all probes", whole=False)
+        if every[0].value is not None:
+            mean = recall(_probes(given, UNLEARNED, kept)).all.by_subject
+            every[0] = replace(every[0], note=f"{every[0].note}; mean over targets {mean:.1f}", bears="outputs")
+        return [*findings, *every]
 
-    def _kinds(self, evidence: Evidence, given: Given, kept: NDArray[np.bool_]) -> list[Finding]:
+    def _kinds(self, evidence: Evidence, given: Given, answered: NDArray[np.bool_]) -> list[Finding]:
         kinds = np.array([probe.kind for probe in given.probes])
         return [
             finding
             for kind in KINDS
             if (kinds == kind).any()
-            for finding in self._group(evidence, _name(kind), given, kinds == kind, kept, f"kind {kind}")
+            for finding in self._group(evidence, _name(kind), given, kinds == kind, answered, f"kind {kind}")
         ]
 
     def _group(
@@ -174,8 +193,12 @@ class Rwku:
         inside: NDArray[np.bool_],
         kept: NDArray[np.bool_],
         what: str,
+        whole: bool = True,
     ) -> list[Finding]:
-        """Recall of a group of probes, and what the original makes of all of them."""
+        """Recall of a group of probes, and what the original makes of all of them.
+
+        `whole` groups are invalid where the original answers too few; of others such kinds were dropped.
+        """
         if not inside.any():
             return [Finding("rwku", name, None, judgement=Judgement.NOT_RUN, note=f"there is no probe: {what}")]
         chance = [probe.chance for probe, mine in zip(given.probes, inside, strict=True) if mine and probe.chance]
@@ -186,7 +209,7 @@ class Rwku:
         findings: list[Finding] = []
         asked = inside & kept
         if not asked.any():
-            why = f"the original answers none of {inside.sum()} probes: {what}"
+            why = f"the original cannot be asked with these {inside.sum()} probes: {what}"
             findings.append(
                 Finding("rwku", name, None, valid=False, judgement=Judgement.INVALID, more_is="knowledge", note=why)
             )
@@ -195,7 +218,7 @@ class Rwku:
             findings.append(_percent(found))
         if before:
             rate = float(before[ORIGINAL].mean())
-            if rate < self.telling and asked.any():
+            if whole and rate < self.telling and asked.any():
                 why = f"{findings[0].note}; the original answers {100 * rate:.0f} only, so it tells nothing"
                 findings[0] = replace(findings[0], valid=False, k=None, judgement=Judgement.INVALID, note=why)
             note = f"recall of the original on {what}, before filtering"
