@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_solved_examples_come_before_the_question_and_are_never_asked(world):
 
 
 def test_prompts_that_do_not_fit_the_context_are_refused_before_anything_is_generated(evidence):
-    with pytest.raises(InvalidAudit, match="do not fit the context of 256.*Lower shots"):
+    with pytest.raises(InvalidAudit, match=r"do not fit the context of 256.*Lower shots"):
         Muse(shots=30, items=4).run(evidence)
 
 
@@ -178,7 +179,7 @@ class TestCheckpoints:
 class TestRequests:
     def test_scalability_grows_and_sustainability_shares_nothing(self):
         nested = [set(item["values"]) for item in world_requests("scalability", 5)]
-        assert all(inner < outer for inner, outer in zip(nested, nested[1:], strict=False))
+        assert all(inner < outer for inner, outer in pairwise(nested))
         disjoint = [set(item["values"]) for item in world_requests("sustainability", 5)]
         assert len(set.union(*disjoint)) == sum(map(len, disjoint)) == 4
 
@@ -278,7 +279,7 @@ class TestPublishedFiles:
 
     def test_a_missing_file_is_named(self, folder):
         (folder / "knowmem" / "retain_qa.json").unlink()
-        with pytest.raises(InvalidRecords, match="lacks .*knowmem/retain_qa"):
+        with pytest.raises(InvalidRecords, match=r"lacks .*knowmem/retain_qa"):
             load_data("muse", source=folder)
 
     @pytest.mark.parametrize(

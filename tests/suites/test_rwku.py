@@ -11,7 +11,13 @@ import pytest
 
 import palimpsest as pal
 from palimpsest.audit.answers import find_alias
-from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter, InvalidRecords, MissingNeed, UnknownName
+from palimpsest.core.errors import (
+    InvalidAudit,
+    InvalidHyperparameter,
+    InvalidRecords,
+    MissingNeed,
+    UnknownName,
+)
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Judgement
 from palimpsest.core.records import Records
@@ -206,9 +212,9 @@ def write(folder: Path, name: str, rows: list[Any]) -> None:
     (folder / f"{name}.json").write_text(json.dumps(rows))
 
 
-def probe(level: int, subject: str = "Ann Lee", **more: Any) -> dict[str, Any]:
-    kinds = {1: "cloze", 2: "simple question", 3: "prefix injection"}
-    row = {"query": f"What is {level} of it?", "answer": "tea", "level": str(level), "type": kinds[level], "subject": subject}
+def probe(number: int, subject: str = "Ann Lee", **more: Any) -> dict[str, Any]:
+    kind = {1: "cloze", 2: "simple question", 3: "prefix injection"}[number]
+    row = {"query": f"What is {number} of it?", "answer": "tea", "level": str(number), "type": kind, "subject": subject}
     return {**row, **more}
 
 

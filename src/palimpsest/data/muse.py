@@ -7,6 +7,7 @@ scal and sust is read, or the data set of the Hub ("muse-bench/MUSE-News", "muse
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def _members(texts: Mapping[tuple[str, str], Sequence[str]]) -> dict[str, set[st
 def _check_sets(texts: Mapping[tuple[str, str], Sequence[str]]) -> None:
     """Refuse sets of scal that do not hold one another, and sets of sust that share a text."""
     nested = [(name, texts[group, name]) for group, name in texts if group == "scal"]
-    for (smaller, inner), (larger, outer) in zip(nested, nested[1:], strict=False):
+    for (smaller, inner), (larger, outer) in pairwise(nested):
         lost = [number for number, text in enumerate(inner, 1) if text not in set(outer)]
         if lost:
             raise InvalidRecords(f"scal/{smaller}, row {lost[0]}: the text is not in scal/{larger}, which must hold it.")

@@ -248,26 +248,24 @@ class Rwku:
         return findings
 
     def _members(self, evidence: Evidence) -> list[Finding]:
-        """LOSS, Zlib, Min-K% and Min-K%++ of fragments about targets and about others, and their quotient."""
+        """LOSS, Zlib, Min-K% and Min-K%++ of fragments about targets and about others, and how they rise."""
         findings: list[Finding] = []
-        rises: dict[str, float] = {}
+        exposed: dict[str, dict[str, dict[str, float]]] = {}
         for name, about in MEMBERS.items():
-            found = {role: self._exposure(evidence, role, about) for role in evidence.roles}
-            if any(item is None for item in found.values()):
-                why = f"there are no fragments of {FEWEST_TOKENS} tokens about {about}ted targets"
+            given = {role: self._exposure(evidence, role, about) for role in evidence.roles}
+            found = {role: item for role, item in given.items() if item is not None}
+            if len(found) < len(given):
+                whom = "targets" if name == "fm" else "others"
+                why = f"there are no fragments of {FEWEST_TOKENS} tokens about {whom}"
                 findings.append(Finding("rwku", f"{name}_loss", None, judgement=Judgement.NOT_RUN, note=why))
                 continue
+            exposed[name] = found
             for attack in ("loss", "zlib", "min_k", "min_k_plus_plus"):
-                values = {role: item[attack] for role, item in found.items() if item is not None}
+                values = {role: item[attack] for role, item in found.items()}
                 note = "-100 times the mean over fragments: higher is less memorised"
                 finding = measured(evidence, "rwku", f"{name}_{attack}", values, note)
-                findings.append(replace(finding, n=int(found[UNLEARNED]["n"])))  # pyright: ignore[reportOptionalSubscript]
-            if evidence.original is not None:
-                rises[name] = found[UNLEARNED]["loss"] - found[ORIGINAL]["loss"]  # pyright: ignore[reportOptionalSubscript]
-        if len(rises) == 2:
-            note = "rise of the LOSS signal over the original's, of fragments about targets minus about others"
-            findings.append(Finding("rwku", "fm_minus_rm", rises["fm"] - rises["rm"], note=note))
-        return findings
+                findings.append(replace(finding, n=int(found[UNLEARNED]["n"])))
+        return [*findings, *(_rises(exposed) if len(exposed) == 2 and evidence.original is not None else ())]
 
     def _exposure(self, evidence: Evidence, role: str, about: str) -> dict[str, float] | None:
         """The four attacks on a model, x -100; None where there are no fragments."""
@@ -345,6 +343,18 @@ class Rwku:
         prompts = [" ".join(text.split()[:4]) for text in texts] if raw else texts
         given = replies(evidence, role, prompts, raw=raw, max_new_tokens=self.fluency_tokens)
         return np.array(mean_fluency([text[0] for text in given])[1])
+
+
+def _rises(exposed: dict[str, dict[str, dict[str, float]]]) -> list[Finding]:
+    """How the LOSS signal of fragments about targets rose over the original's, and that of others."""
+    before = {name: found[ORIGINAL]["loss"] for name, found in exposed.items()}
+    rise = {name: found[UNLEARNED]["loss"] - before[name] for name, found in exposed.items()}
+    told = {
+        "fm_minus_rm": (rise["fm"] - rise["rm"], "rise of LOSS about targets minus that about others"),
+        "fm_rise": (rise["fm"] / before["fm"] if before["fm"] > 0 else None, "rise of FM's LOSS as a share of it"),
+        "rm_share": (rise["rm"] / rise["fm"] if rise["fm"] > 0 else None, "rise of LOSS about others, as a share of that about targets"),
+    }  # fmt: skip
+    return [Finding("rwku", name, value, note=note) for name, (value, note) in told.items()]
 
 
 def _utility(
