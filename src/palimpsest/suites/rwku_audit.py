@@ -106,6 +106,7 @@ class Rwku:
         kept = answered & ~self._dropped(given)
         findings = [*self._levels(evidence, given, answered, kept), *self._kinds(evidence, given, answered)]
         findings += self._neighbours(evidence)
+        findings += _compared(findings)
         findings += self._members(evidence)
         findings += self._utility(evidence)
         series = {"rwku": tuple(_rows(given, kept)), "rwku_targets": tuple(_by_target(given, kept))}
@@ -343,6 +344,27 @@ class Rwku:
         prompts = [" ".join(text.split()[:4]) for text in texts] if raw else texts
         given = replies(evidence, role, prompts, raw=raw, max_new_tokens=self.fluency_tokens)
         return np.array(mean_fluency([text[0] for text in given])[1])
+
+
+def _compared(findings: Sequence[Finding]) -> list[Finding]:
+    """Attacks against questions, and what neighbours lost against what targets lost."""
+    value = {item.name: item.value for item in findings}
+    original = {item.name: item.original for item in findings}
+    made: list[Finding] = []
+    attacks, asked = value.get("aa"), value.get("qa")
+    if attacks is not None and asked is not None:
+        note = "recall of adversarial probes minus that of questions, in points"
+        made.append(Finding("rwku", "aa_minus_qa", attacks - asked, note=note))
+    lost = _lost(value.get("all"), original.get("all"))
+    near = _lost(value.get("neighbour_all"), original.get("neighbour_all"))
+    if lost is not None and near is not None and lost > 0:
+        note = "points that neighbours lost, as a share of what the targets lost"
+        made.append(Finding("rwku", "neighbour_share_of_drop", near / lost, ideal=0.0, note=note))
+    return made
+
+
+def _lost(value: float | None, original: float | None) -> float | None:
+    return None if value is None or original is None else original - value
 
 
 def _rises(exposed: dict[str, dict[str, dict[str, float]]]) -> list[Finding]:
