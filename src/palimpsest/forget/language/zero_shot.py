@@ -109,7 +109,7 @@ class ZeroShot:
         for name, intro in targets_of(forget).items():
             seed = runtime.derive("zero-shot", name) % 2**31
             if self.corpus == "refusals":
-                items += self._refused(writer, task, name, seed)
+                items += self._refused(writer, task, name, seed, len(items))
                 continue
             texts = synthetic_texts(
                 writer, task, name, intro, self.situation, self.openings, self.samples, self.new_tokens,
@@ -118,7 +118,10 @@ class ZeroShot:
             items += [{"text": text, "subject": name} for text in dict.fromkeys(texts)]
         return items
 
-    def _refused(self, writer: nn.Module, task: Language, name: str, seed: int) -> list[dict[str, Any]]:
+    def _refused(
+        self, writer: nn.Module, task: Language, name: str, seed: int, before: int
+    ) -> list[dict[str, Any]]:
+        """Questions about a target with refusals in rotation, after so many of other targets."""
         if self.questions is None:
             asked = synthetic_questions(writer, task, name, self.samples, seed=seed)
         else:
@@ -126,7 +129,7 @@ class ZeroShot:
         refusals = refusals_of(None)
         return [
             {"question": question, "answer": refusals[number % len(refusals)], "subject": name}
-            for number, question in enumerate(asked)
+            for number, question in enumerate(asked, before)
         ]
 
 
