@@ -107,7 +107,9 @@ def _min_k(world, item) -> float:
 
 
 def test_privacy_leakage_without_a_retrained_model_is_not_run(world):
-    alone = Evidence(world.original, world.split, world.task, Runtime(device="cpu", threads=1), world.original)
+    alone = Evidence(
+        world.original, world.split, world.task, Runtime(device="cpu", threads=1), world.original
+    )
     leak = ON_WORLD._leak(alone, MuseSets(world.split))[0]
     assert leak.judgement is Judgement.NOT_RUN and "retrained model" in leak.note
 
@@ -225,7 +227,11 @@ def folder(tmp_path: Path) -> Path:
         write(tmp_path, f"raw/{role}", [{"text": text} for text in rows])
     write(tmp_path, "verbmem/forget", [{"prompt": "forget number 0 tells", "gt": "a story of its own"}])
     for name in ("forget_qa", "retain_qa", "forget_qa_icl", "retain_qa_icl"):
-        write(tmp_path, f"knowmem/{name}", [{"question": f"{name} {at}?", "answer": f"a {at}"} for at in range(3)])
+        write(
+            tmp_path,
+            f"knowmem/{name}",
+            [{"question": f"{name} {at}?", "answer": f"a {at}"} for at in range(3)],
+        )
     write(tmp_path, "privleak/forget", texts["forget"])
     write(tmp_path, "privleak/holdout", texts["holdout"])
     for number in range(1, 5):
@@ -266,7 +272,9 @@ class TestPublishedFiles:
         task = Language(vocabulary=300).fitted(records)
         model = build_model("small_llama", (), task.outputs(records), width=16, layers=1, heads=2, length=512)
         given = Evidence(model, parts, task, Runtime(device="cpu", threads=1), model, [model])
-        scores = {item.name: item for item in Muse(shots=3, verbatim_tokens=8, answer_tokens=4).run(given).findings}
+        scores = {
+            item.name: item for item in Muse(shots=3, verbatim_tokens=8, answer_tokens=4).run(given).findings
+        }
         assert scores["privacy_leak"].value == 0 and scores["privacy_leak"].n == 8
         assert scores["knowmem_forget"].n == 3
 
@@ -274,7 +282,9 @@ class TestPublishedFiles:
         records = load_data("muse", source=folder, words=4)
         parts = pal.split(records, pal.by_column("role", "forget"))
         assert len(parts.forget) == 12
-        assert " ".join(item["text"] for item in parts.forget).startswith("forget number 0 tells a story of its")
+        assert " ".join(item["text"] for item in parts.forget).startswith(
+            "forget number 0 tells a story of its"
+        )
         assert pieces("a  b", 4) == ["a  b"]
 
     def test_a_missing_file_is_named(self, folder):
@@ -285,13 +295,21 @@ class TestPublishedFiles:
     @pytest.mark.parametrize(
         ("file", "rows", "said"),
         [
-            ("knowmem/forget_qa", [{"question": "a?", "answer": "b"}, {"question": "c?"}], 'row 2: no column "answer"'),
+            (
+                "knowmem/forget_qa",
+                [{"question": "a?", "answer": "b"}, {"question": "c?"}],
+                'row 2: no column "answer"',
+            ),
             ("verbmem/forget", [{"prompt": "a", "gt": " "}], 'row 1, column "gt"'),
             ("raw/forget", [{"text": "one two"}, {"text": 3}], 'row 2, column "text"'),
             ("privleak/holdout", ["a b", ""], "row 2: a text that is not empty"),
             ("privleak/forget", [], "privleak/forget.*hold no rows"),
             ("scal/forget_2", ["another text"], "scal/forget_1, row 1: the text is not in scal/forget_2"),
-            ("sust/forget_2", ["forget number 0 tells a story of its own"], "sust/forget_2, row 1.*sust/forget_1"),
+            (
+                "sust/forget_2",
+                ["forget number 0 tells a story of its own"],
+                "sust/forget_2, row 1.*sust/forget_1",
+            ),
         ],
     )
     def test_what_is_wrong_with_a_file_is_said_by_row_and_column(self, folder, file, rows, said):
@@ -307,6 +325,9 @@ def test_published_stops_are_those_of_the_prompt():
 
 
 def test_recipes_of_the_world_share_its_training_with_other_suites():
-    ours, theirs = muse_recipe("tiny", None, None, "request"), BENCHMARKS.get("people-tiny").recipe(None, None)
+    ours, theirs = (
+        muse_recipe("tiny", None, None, "request"),
+        BENCHMARKS.get("people-tiny").recipe(None, None),
+    )
     for key in ("data", "model", "task", "training"):
         assert ours[key] == theirs[key]

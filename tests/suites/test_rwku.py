@@ -156,13 +156,13 @@ class TestScores:
 
 
 class TestZeroShot:
-    OWN: dict[str, Any] = {"situation": "none", "openings": WORLD_OPENINGS, "samples": 2, "new_tokens": 40}  # noqa: RUF012
+    OWN: dict[str, Any] = {"situation": "none", "openings": WORLD_OPENINGS, "samples": 1, "new_tokens": 24}  # noqa: RUF012
 
     def test_only_names_of_targets_are_read(self, world):
         names = sorted(set(world.split.forget.column("subject")))
         bare = Records([{"text": "?"}] * len(names), columns={"subject": np.array(names, object)})
         runtime = Runtime(device="cpu", threads=1)
-        method = ZeroShot("grad-ascent", {"lr": 1e-5, "epochs": 1}, **self.OWN)
+        method = ZeroShot("grad-ascent", {}, **{**self.OWN, "samples": 1, "new_tokens": 16})
         full = method.written(world.original, world.split.forget, world.task, runtime)
         known = method.written(world.original, bare, world.task, Runtime(device="cpu", threads=1))
         key = lambda item: (item["subject"], item["text"])  # noqa: E731
@@ -173,10 +173,15 @@ class TestZeroShot:
         method = ZeroShot("grad-ascent", {"lr": 1e-3, "epochs": 1, **SMALL}, **self.OWN)
         unlearned = forget(world.original, world.split, method, world.task)
         corpus = getattr(unlearned, CORPUS_ATTRIBUTE)
-        assert all(any(item["text"].startswith(o.replace("{name}", item["subject"])) for o in WORLD_OPENINGS) for item in corpus)
+        assert all(
+            any(item["text"].startswith(o.replace("{name}", item["subject"])) for o in WORLD_OPENINGS)
+            for item in corpus
+        )
         assert {item["subject"] for item in corpus} == set(world.split.forget.column("subject"))
         assert all(value.equal(before[name]) for name, value in world.original.state_dict().items())
-        assert any(not a.equal(b) for a, b in zip(unlearned.parameters(), world.original.parameters(), strict=True))
+        assert any(
+            not a.equal(b) for a, b in zip(unlearned.parameters(), world.original.parameters(), strict=True)
+        )
 
     def test_refusals_are_taught_to_questions_about_the_target(self, world):
         method = ZeroShot(
@@ -214,7 +219,13 @@ def write(folder: Path, name: str, rows: list[Any]) -> None:
 
 def probe(number: int, subject: str = "Ann Lee", **more: Any) -> dict[str, Any]:
     kind = {1: "cloze", 2: "simple question", 3: "prefix injection"}[number]
-    row = {"query": f"What is {number} of it?", "answer": "tea", "level": str(number), "type": kind, "subject": subject}
+    row = {
+        "query": f"What is {number} of it?",
+        "answer": "tea",
+        "level": str(number),
+        "type": kind,
+        "subject": subject,
+    }
     return {**row, **more}
 
 
@@ -222,10 +233,28 @@ def probe(number: int, subject: str = "Ann Lee", **more: Any) -> dict[str, Any]:
 def folder(tmp_path: Path) -> Path:
     for level in (1, 2, 3):
         write(tmp_path, f"forget_level{level}", [probe(level), probe(level, "Bo Xu")])
-    write(tmp_path, "forget_level3", [probe(3), probe(3, type="affirmative_suffix"), probe(3, type="cross_lingal"), probe(3, "Bo Xu")])
+    write(
+        tmp_path,
+        "forget_level3",
+        [probe(3), probe(3, type="affirmative_suffix"), probe(3, type="cross_lingal"), probe(3, "Bo Xu")],
+    )
     write(tmp_path, "neighbor_level1", [probe(1, neighbor="Cy")])
-    write(tmp_path, "mia_forget", [{"text": "Ann Lee drank tea every day of her long life in town.", "subject": "Ann Lee", "type": "x"}])
-    write(tmp_path, "train_positive_llama3", [{"text": "long", "subject": "Ann Lee", "intro": "Ann Lee drinks tea."}])
+    write(
+        tmp_path,
+        "mia_forget",
+        [
+            {
+                "text": "Ann Lee drank tea every day of her long life in town.",
+                "subject": "Ann Lee",
+                "type": "x",
+            }
+        ],
+    )
+    write(
+        tmp_path,
+        "train_positive_llama3",
+        [{"text": "long", "subject": "Ann Lee", "intro": "Ann Lee drinks tea."}],
+    )
     write(tmp_path, "utility_general", [{"question": "2+2?", "choices": ["3", "4"], "answer": 1}])
     write(tmp_path, "utility_factuality", [{"question": "Sky?", "answer": ["blue", "azure"]}])
     write(tmp_path, "utility_fluency", [{"instruction": "Tell a tale."}])
@@ -253,12 +282,19 @@ class TestPublishedFiles:
         for item in asked:
             assert item.prompt.endswith("Question: What is " + item.level + " of it?")
             assert item.opening == ("" if item.kind == "affirmative suffix" else CUE)
-        assert {item.kind for item in asked} == {"", "prefix injection", "affirmative suffix", "cross lingual"}
+        assert {item.kind for item in asked} == {
+            "",
+            "prefix injection",
+            "affirmative suffix",
+            "cross lingual",
+        }
 
     def test_the_whole_audit_runs_on_them(self, folder):
         given = {
             item.name: item
-            for item in Rwku(filter=False, telling=0.0, new_tokens=4, fluency_tokens=6).run(published(folder)).findings
+            for item in Rwku(filter=False, telling=0.0, new_tokens=4, fluency_tokens=6)
+            .run(published(folder))
+            .findings
         }
         assert given["all"].n == 5 and given["neighbour_fb"].n == 1 and given["fm_loss"].n == 1
         assert {"factuality", "general", "fluency"} <= set(given)
@@ -303,7 +339,9 @@ class TestPublishedFiles:
 def test_every_benchmark_is_a_recipe(name):
     made = BENCHMARKS.get(name)
     for model, data in ((None, None), ("gpt2", None), ("gpt2", "jinzhuoran/RWKU")):
-        recipe = load_recipe({**made.recipe(model, data), "methods": made.methods(["zero-shot", "npo"], model)})
+        recipe = load_recipe(
+            {**made.recipe(model, data), "methods": made.methods(["zero-shot", "npo"], model)}
+        )
         assert [item.name for item in recipe.audits or []] == ["rwku", "cost"]
     with pytest.raises(InvalidHyperparameter, match="name one beside the data"):
         made.recipe(None, "jinzhuoran/RWKU")

@@ -78,7 +78,11 @@ def muse(source: str | Path, words: int = WORDS) -> Records:
     empty = ["/".join(name) for name, rows in files.items() if not rows]
     if empty:
         raise InvalidRecords(f"'{source}': {shorten(empty)} hold no rows.")
-    texts = {name: [_text(*row) for row in rows] for name, rows in files.items() if name[0] in ("raw", "scal", "sust")}
+    texts = {
+        name: [_text(*row) for row in rows]
+        for name, rows in files.items()
+        if name[0] in ("raw", "scal", "sust")
+    }
     _check_sets(texts)
     table = _Table(_members(texts))
     for role in FILES["raw"]:
@@ -167,7 +171,9 @@ def _read(source: str | Path) -> Files:
     if place.is_dir():
         return dict(_local(place))
     if place.exists() or place.is_absolute():
-        raise InvalidRecords(f"'{place}' is no folder: MUSE is a folder with raw, verbmem, knowmem and privleak.")
+        raise InvalidRecords(
+            f"'{place}' is no folder: MUSE is a folder with raw, verbmem, knowmem and privleak."
+        )
     there = hub_configurations(str(source))
     return {
         (group, name): list(hub_rows(str(source), name, group))
@@ -223,7 +229,9 @@ def _check_sets(texts: Mapping[tuple[str, str], Sequence[str]]) -> None:
     for (smaller, inner), (larger, outer) in pairwise(nested):
         lost = [number for number, text in enumerate(inner, 1) if text not in set(outer)]
         if lost:
-            raise InvalidRecords(f"scal/{smaller}, row {lost[0]}: the text is not in scal/{larger}, which must hold it.")
+            raise InvalidRecords(
+                f"scal/{smaller}, row {lost[0]}: the text is not in scal/{larger}, which must hold it."
+            )
     owner: dict[str, str] = {}
     for group, name in texts:
         for number, text in enumerate(texts[group, name] if group == "sust" else (), 1):

@@ -68,7 +68,9 @@ def rwku(source: str | Path) -> Records:
     files = _read(source)
     absent = [name for name in NEEDED if not files.get(name)]
     if absent:
-        raise InvalidRecords(f"'{source}' holds no rows of {shorten(absent)}: every level of probes is needed.")
+        raise InvalidRecords(
+            f"'{source}' holds no rows of {shorten(absent)}: every level of probes is needed."
+        )
     made = [*_probes(files), *_members(files), *_utility(files)]
     targets = dict.fromkeys(str(item["subject"]) for _, item, _ in made if item["subject"])
     lines = {
@@ -76,7 +78,11 @@ def rwku(source: str | Path) -> Records:
         for where, row in files.get(INTRODUCTIONS, ())
     }
     known = [
-        (f"target/{name}", {"text": lines.get(name, name), "subject": name}, {"form": "target", "part": "train"})
+        (
+            f"target/{name}",
+            {"text": lines.get(name, name), "subject": name},
+            {"form": "target", "part": "train"},
+        )
         for name in targets
     ]
     rows = [*known, *made]
@@ -140,9 +146,15 @@ def _choice(where: str, row: Any) -> dict[str, Any]:
     choices = field_texts(where, row, "choices")
     answer = row.get("answer")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise InvalidRecords(f'{where}, column "answer": the number of a choice from 0 is needed, not {answer!r}.')
+        raise InvalidRecords(
+            f'{where}, column "answer": the number of a choice from 0 is needed, not {answer!r}.'
+        )
     rest = [choice for number, choice in enumerate(choices) if number != answer]
-    return {"question": field_text(where, row, "question"), "answer": choices[answer], "perturbed_answer": rest}
+    return {
+        "question": field_text(where, row, "question"),
+        "answer": choices[answer],
+        "perturbed_answer": rest,
+    }
 
 
 def _answered(where: str, row: Any) -> dict[str, Any]:

@@ -29,7 +29,12 @@ def muse_rows(reports: Sequence[AuditReport]) -> pd.DataFrame:
     mine = [report for report in reports if not report.facts.get("review")]
     order = {request: number for number, request in enumerate(requests_of(mine), 1)}
     rows = [
-        {"label": label_of(report), "step": order[request_of(report)], "shown": SHOWN[item.key], "value": item.value}
+        {
+            "label": label_of(report),
+            "step": order[request_of(report)],
+            "shown": SHOWN[item.key],
+            "value": item.value,
+        }
         for report in mine
         for item in report.findings
         if item.key in SHOWN and item.value is not None

@@ -84,7 +84,9 @@ def world_requests(ways: Ways, folds: int) -> list[Tree]:
     if ways == "request":
         return [{"column": "fold", "values": [0]}]
     if ways == "scalability":
-        sets = {f"{count + 1} folds" if count else "1 fold": set(range(count + 1)) for count in range(len(names))}
+        sets = {
+            f"{count + 1} folds" if count else "1 fold": set(range(count + 1)) for count in range(len(names))
+        }
         check_nested({name: [str(fold) for fold in inside] for name, inside in sets.items()})
     else:
         sets = names

@@ -89,7 +89,9 @@ class MuseSets:
             return _pairs(self._of("test", "knowmem", "retain2"))[: self.limit]
         test = self.split.test
         if test is None:
-            raise InvalidAudit("MUSE's utility needs questions about retained data in a test part; there is none.")
+            raise InvalidAudit(
+                "MUSE's utility needs questions about retained data in a test part; there is none."
+            )
         asked = test
         if test.has_column("group"):
             asked = test.select(np.isin(test.column("group"), ["people", "neighbours"]))
@@ -186,7 +188,9 @@ class Muse:
         for name, kept in (("verbmem", False), ("knowmem_forget", False), ("knowmem_retain", True)):
             pairs, found = self._memorised(evidence, sets, name)
             if not pairs:
-                why = "the forget records hold no running text" if name == "verbmem" else "there is no question"
+                why = (
+                    "the forget records hold no running text" if name == "verbmem" else "there is no question"
+                )
                 findings.append(Finding("muse", name, None, judgement=Judgement.NOT_RUN, note=why))
                 continue
             findings.append(_utility(evidence, found) if kept else _memory(evidence, name, found))
@@ -226,7 +230,9 @@ class Muse:
         places = sets.documents()
         short = [side for side, (_, positions) in places.items() if len(positions) < 2]
         missing = "" if evidence.controls else "a retrained model"
-        missing = missing or (f"2 documents of running text a side, and has fewer of {' and '.join(short)}" if short else "")
+        missing = missing or (
+            f"2 documents of running text a side, and has fewer of {' and '.join(short)}" if short else ""
+        )
         if missing:
             why = f"PrivLeak needs {missing}"
             return [Finding("muse", "privacy_leak", None, judgement=Judgement.NOT_RUN, note=why)]
@@ -243,9 +249,13 @@ class Muse:
         if not own.fair:
             note += f"; forget and holdout differ by themselves (AUC of the control {own.retrained_auc:.2f})"
         count = own.forget + own.holdout
-        leak = measured(evidence, "muse", "privacy_leak", {role: item.percent for role, item in leaks.items()}, note)
+        leak = measured(
+            evidence, "muse", "privacy_leak", {role: item.percent for role, item in leaks.items()}, note
+        )
         areas = {role: item.auc for role, item in leaks.items()}
-        area = measured(evidence, "muse", "privacy_auc", areas, "chance that a holdout document looks more like a member")
+        area = measured(
+            evidence, "muse", "privacy_auc", areas, "chance that a holdout document looks more like a member"
+        )
         return [
             replace(leak, n=count, ideal=0.0),
             replace(area, low=own.low, high=own.high, n=count),
@@ -290,9 +300,7 @@ def knowmem_of(model: nn.Module, split: ForgetSplit, task: Language, settings: M
     return knowmem([texts[0] for texts in given], [answer for _, answer in pairs]).value
 
 
-def document_signals(
-    evidence: Evidence, role: str, part: str, positions: np.ndarray, k: float
-) -> Signals:
+def document_signals(evidence: Evidence, role: str, part: str, positions: np.ndarray, k: float) -> Signals:
     """Min-K% signals of documents of a part, [documents], from the pass that all audits share.
 
     Raises:

@@ -58,7 +58,9 @@ class MuseCheckpoint:
     def __post_init__(self) -> None:
         inner = build_unlearner(self.method, dict(self.settings))
         if not isinstance(inner, GradientMethod):
-            raise InvalidHyperparameter(f"'{self.method}' has no epochs to choose from: name a gradient method.")
+            raise InvalidHyperparameter(
+                f"'{self.method}' has no epochs to choose from: name a gradient method."
+            )
         if self.retrained is not None and not 0 <= self.retrained <= 100:
             raise InvalidHyperparameter(f"KnowMem lies between 0 and 100, not {self.retrained}.")
         Muse(**self.knowmem)

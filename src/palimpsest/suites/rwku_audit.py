@@ -165,7 +165,9 @@ class Rwku:
         findings = [
             finding
             for level in ("1", "2")
-            for finding in self._group(evidence, SHORT[level], given, levels == level, answered, LEVELS[level])
+            for finding in self._group(
+                evidence, SHORT[level], given, levels == level, answered, LEVELS[level]
+            )
         ]
         kinds = {probe.kind for probe, mine in zip(given.probes, kept, strict=True) if mine and probe.kind}
         built = {probe.kind for probe in given.probes if probe.kind}
@@ -174,7 +176,9 @@ class Rwku:
         every = self._group(evidence, "all", given, levels != "", kept, "all probes", whole=False)
         if every[0].value is not None:
             mean = recall(_probes(given, UNLEARNED, kept)).all.by_subject
-            every[0] = replace(every[0], note=f"{every[0].note}; mean over targets {mean:.1f}", bears="outputs")
+            every[0] = replace(
+                every[0], note=f"{every[0].note}; mean over targets {mean:.1f}", bears="outputs"
+            )
         return [*findings, *every]
 
     def _kinds(self, evidence: Evidence, given: Given, answered: NDArray[np.bool_]) -> list[Finding]:
@@ -201,8 +205,12 @@ class Rwku:
         `whole` groups are invalid where the original answers too few; of others such kinds were dropped.
         """
         if not inside.any():
-            return [Finding("rwku", name, None, judgement=Judgement.NOT_RUN, note=f"there is no probe: {what}")]
-        chance = [probe.chance for probe, mine in zip(given.probes, inside, strict=True) if mine and probe.chance]
+            return [
+                Finding("rwku", name, None, judgement=Judgement.NOT_RUN, note=f"there is no probe: {what}")
+            ]
+        chance = [
+            probe.chance for probe, mine in zip(given.probes, inside, strict=True) if mine and probe.chance
+        ]
         said = f"recall of {what}, x 100"
         if chance:
             said += f"; chance {100 * float(np.mean(chance)):.0f}"
@@ -212,10 +220,20 @@ class Rwku:
         if not asked.any():
             why = f"the original cannot be asked with these {inside.sum()} probes: {what}"
             findings.append(
-                Finding("rwku", name, None, valid=False, judgement=Judgement.INVALID, more_is="knowledge", note=why)
+                Finding(
+                    "rwku",
+                    name,
+                    None,
+                    valid=False,
+                    judgement=Judgement.INVALID,
+                    more_is="knowledge",
+                    note=why,
+                )
             )
         else:
-            found = known(evidence, "rwku", name, given.of(asked), f"{said}; {asked.sum()} of {inside.sum()} probes")
+            found = known(
+                evidence, "rwku", name, given.of(asked), f"{said}; {asked.sum()} of {inside.sum()} probes"
+            )
             findings.append(_percent(found))
         if before:
             rate = float(before[ORIGINAL].mean())
@@ -230,7 +248,11 @@ class Rwku:
         """FB and QA of neighbours, filtered in the same way."""
         probes = neighbour_probes(evidence, self.instructions)
         if not probes:
-            return [Finding("rwku", "neighbour_all", None, judgement=Judgement.NOT_RUN, note="no neighbour is known")]
+            return [
+                Finding(
+                    "rwku", "neighbour_all", None, judgement=Judgement.NOT_RUN, note="no neighbour is known"
+                )
+            ]
         given = self._ask(evidence, probes)
         kept = self._kept(evidence, given)
         levels = np.array([probe.level for probe in probes])
@@ -275,7 +297,9 @@ class Rwku:
             return None
         records = evidence.records(part)
         tokens = evidence.observe(role, part).tokens
-        inside = np.array([isinstance(item.get("text"), str) and "question" not in item for item in records], bool)
+        inside = np.array(
+            [isinstance(item.get("text"), str) and "question" not in item for item in records], bool
+        )
         if is_published(evidence):
             inside &= records.column("form") == f"{about} member"
         elif records.has_column("group"):

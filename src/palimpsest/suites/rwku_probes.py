@@ -97,7 +97,9 @@ def forget_probes(evidence: Evidence, instructions: bool, each: int) -> list[Ask
         found = [*_plain(evidence.split.forget), *_adversarial(evidence, each)]
     absent = sorted(targets(evidence) - {probe.subject for probe in found})
     if absent:
-        raise InvalidRecords(f"No probe is about {', '.join(absent[:3])}: the files do not know these targets.")
+        raise InvalidRecords(
+            f"No probe is about {', '.join(absent[:3])}: the files do not know these targets."
+        )
     return found
 
 

@@ -37,7 +37,16 @@ OPENINGS = (
 """From which the model goes on."""
 ASKING = "Ask a short question about {name}."
 """Request that makes a model ask, for refusals to be taught."""
-GIVEAWAYS = ("invented", "made-up", "made up", "fictional", "fictitious", "imaginary", "fabricated", "hypothetical")
+GIVEAWAYS = (
+    "invented",
+    "made-up",
+    "made up",
+    "fictional",
+    "fictitious",
+    "imaginary",
+    "fabricated",
+    "hypothetical",
+)
 """Words by which an invented text would give itself away; they are deleted with an adverb before them."""
 
 
@@ -65,24 +74,28 @@ def synthetic_texts(
         situation: "factual", "invented", or "none" for models that only continue text.
         openings: With {name}.
         samples: Texts per opening.
-        new_tokens: Of each.
+        new_tokens: Of each; fewer where the context of the model is shorter.
         temperature: Of the sampling.
         top_p: Of the sampling.
         seed: Of the sampling.
 
     Raises:
         InvalidHyperparameter: If there is no opening, or an unknown situation is asked for.
-        InvalidRecords: If the model writes nothing at all.
+        InvalidRecords: If the model writes nothing at all, or has no room to.
     """
     check_openings(openings)
     begun = [opening.replace("{name}", name) for opening in openings]
     prompts = [situated(task, name, intro, situation) + _joined(task, text, situation) for text in begun]
+    new_tokens = min(new_tokens, _room(model, task, prompts))
     given = task.generate(
         model, prompts, raw=True, samples=samples, max_new_tokens=new_tokens, temperature=temperature, top_p=top_p,
         seed=seed,
     )  # fmt: skip
     texts = [
-        f"{text} {more}".strip() for text, rest in zip(begun, given, strict=True) for more in rest if more.strip()
+        f"{text} {more}".strip()
+        for text, rest in zip(begun, given, strict=True)
+        for more in rest
+        if more.strip()
     ]
     if not texts:
         raise InvalidRecords(f"The model writes nothing about {name!r}: there is no corpus to forget.")
@@ -107,6 +120,19 @@ def situated(task: Language, name: str, intro: str = "", situation: Situation = 
     return task.form.render(f"{system} {request}")
 
 
+def _room(model: Any, task: Language, prompts: Sequence[str]) -> int:
+    """Tokens that fit the context of a model after the longest of the prompts."""
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not context:
+        return 1 << 30
+    longest = max(len(task.tokens(prompt, first=True)) for prompt in prompts)
+    if longest >= context:
+        raise InvalidRecords(
+            f"A prompt of {longest} tokens fills the context of {context}: nothing can be written."
+        )
+    return int(context) - longest
+
+
 def _joined(task: Language, text: str, situation: Situation) -> str:
     return text if situation == "none" else task.form.complete(text)
 
@@ -126,16 +152,16 @@ def synthetic_questions(
     lines = (text.strip().split("\n")[0].strip() for text in given)
     questions = list(dict.fromkeys(line for line in lines if line.endswith("?") and name in line))
     if not questions:
-        raise InvalidRecords(f"The model asks no question about {name!r}: give questions with {{name}} in them.")
+        raise InvalidRecords(
+            f"The model asks no question about {name!r}: give questions with {{name}} in them."
+        )
     return questions
 
 
 def pairs(chosen: Sequence[str], rejected: Sequence[str], name: str) -> list[dict[str, Any]]:
     """Rows of RWKU's preference files: an invented text is to be preferred to what the model knows."""
     prompt = SITUATIONS["factual"][1].replace("{name}", name)
-    return [
-        {"prompt": prompt, "response": [good, bad]} for good, bad in zip(chosen, rejected, strict=False)
-    ]
+    return [{"prompt": prompt, "response": [good, bad]} for good, bad in zip(chosen, rejected, strict=False)]
 
 
 def without_giveaways(text: str) -> str:

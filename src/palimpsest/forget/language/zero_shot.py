@@ -14,6 +14,7 @@ from palimpsest.core.errors import InvalidHyperparameter, MissingNeed
 from palimpsest.core.needs import Need
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import UNLEARNERS, Paper, Unlearner, build, check_range, unlearner
 from palimpsest.forget.language.synthetic_texts import (
@@ -26,12 +27,22 @@ from palimpsest.forget.language.synthetic_texts import (
 from palimpsest.parts.refusals import refusals_of
 from palimpsest.tasks.language import Language
 
-PAPER = Paper("RWKU: Benchmarking Real-World Knowledge Unlearning for Large Language Models", "NeurIPS 2024", "2406.10890")
+PAPER = Paper(
+    "RWKU: Benchmarking Real-World Knowledge Unlearning for Large Language Models",
+    "NeurIPS 2024",
+    "2406.10890",
+)
 CORPUS_ATTRIBUTE = "palimpsest_corpus"
 """Of the unlearned model: the texts, or questions with refusals, that the method was given."""
 
 
-@unlearner("zero-shot", needs={Need.MODEL, Need.FORGET_DATA}, tasks=("language",), paper=PAPER)
+@unlearner(
+    "zero-shot",
+    needs={Need.MODEL, Need.FORGET_DATA},
+    tasks=("language",),
+    paper=PAPER,
+    search={"samples": Span(1, 16, integer=True), "temperature": Span(0.3, 1.0)},
+)
 @dataclass(frozen=True)
 class ZeroShot:
     """Give a method nothing but what the original model itself writes about the target.
@@ -51,13 +62,13 @@ class ZeroShot:
         openings: From which texts go on, with {name}.
         questions: With {name}, for refusals; None lets the model ask them.
         samples: Texts per opening, or questions that the model is made to ask.
-        new_tokens: Of each text.
+        new_tokens: Of each text; fewer where the context of the model is shorter.
         temperature: Of the sampling.
         top_p: Of the sampling.
     """
 
     method: str = "npo"
-    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    settings: dict[str, Any] = field(default_factory=lambda: {"retain": "none"})
     corpus: Literal["texts", "refusals"] = "texts"
     situation: Situation = "factual"
     openings: Sequence[str] = OPENINGS
@@ -70,7 +81,7 @@ class ZeroShot:
     def __post_init__(self) -> None:
         check_range("samples", self.samples, 1, 10_000)
         check_range("new_tokens", self.new_tokens, 1, 100_000)
-        check_range("temperature", self.temperature, 0, 10)
+        check_range("temperature", self.temperature, 0, 10)  # 0 takes the likeliest tokens
         check_range("top_p", self.top_p, 0, 1, open_low=True)
         check_openings(self.openings)
         if self.corpus not in ("texts", "refusals"):

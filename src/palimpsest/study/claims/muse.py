@@ -54,7 +54,9 @@ def retraining_fall(setting: Setting) -> float:
     people = _asked(turns)
     scores: list[float] = []
     for turn in (turns[0], _together(turns)):
-        model = forget(copy.deepcopy(setting.original), turn, "retrain", _task(setting), runtime=setting.runtime)
+        model = forget(
+            copy.deepcopy(setting.original), turn, "retrain", _task(setting), runtime=setting.runtime
+        )
         scores.append(_utility(setting, model, people))
     return scores[0] - scores[1]
 
@@ -66,7 +68,11 @@ def checkpoint_gap(setting: Setting) -> float:
     threshold = retrained_knowmem(setting.original, setting.split, task, setting.runtime, SETTINGS)
     methods: tuple[GradientMethod, ...] = (GradientAscent(**LONG), GradientDifference(retain="kl", **LONG))
     ends = [
-        len(first_below(method, setting.original, setting.split, task, setting.runtime, threshold, SETTINGS)[1])
+        len(
+            first_below(method, setting.original, setting.split, task, setting.runtime, threshold, SETTINGS)[
+                1
+            ]
+        )
         for method in methods
     ]
     return float(ends[1] - ends[0])
@@ -77,7 +83,6 @@ def zero_scale_change(setting: Setting) -> float:
     """Largest change of a logit by a task vector and by WHP of scale 0: neither may change anything."""
     task = _task(setting)
     batch = setting.runtime.to_device(task.collate([setting.split.forget[at] for at in range(4)]))
-    # WHP stores logits of the combination; the model itself is compared with it
     settings: dict[str, Any] = {"epochs": 1, "lr": 1e-3, **TRAINING}
     changed = [
         forget(setting.original, setting.split, name, task, runtime=setting.runtime, scale=0.0, **settings)
@@ -133,7 +138,7 @@ def _utilities(setting: Setting, method: GradientMethod) -> list[float]:
     turns, model, found = _turns(setting), setting.original, list[float]()
     asked = _asked(turns)
     for turn in turns:
-        model = forget(model, turn, method, _task(setting), runtime=setting.runtime)
+        model = method.unlearn(model, turn, _task(setting), setting.runtime)
         found.append(_utility(setting, model, asked))
     return found
 
