@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -18,11 +19,15 @@ from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter, InvalidR
 from palimpsest.core.evidence import ORIGINAL, Evidence
 from palimpsest.core.finding import Judgement
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.split import ForgetSplit
+from palimpsest.core.unlearner import UNLEARNERS
 from palimpsest.data import load_data
 from palimpsest.data.muse import pieces
 from palimpsest.forget import forget
 from palimpsest.forget.gradient import HISTORY_ATTRIBUTE
 from palimpsest.forget.language.gradient_difference import GradientAscent, GradientDifference
+from palimpsest.models import build_model
+from palimpsest.parts.training import RECIPE_ATTRIBUTE, TrainingRecipe
 from palimpsest.report.muse import SHOWN, muse_chart, muse_rows
 from palimpsest.study.recipe import load_recipe
 from palimpsest.suites.benchmark import BENCHMARKS
@@ -30,6 +35,7 @@ from palimpsest.suites.muse import WORLD, muse_recipe, world_requests
 from palimpsest.suites.muse_audit import Muse, MuseSets, document_signals, halves
 from palimpsest.suites.muse_checkpoints import CHECKPOINT_ATTRIBUTE, MuseCheckpoint, first_below
 from palimpsest.suites.muse_scores import STOPS
+from palimpsest.tasks.language import Language
 from tests.language_world import trained_world
 
 SMALL = {"batch_size": 16, "warmup": 0.0, "schedule": "constant"}
@@ -257,6 +263,28 @@ class TestPublishedFiles:
         assert {item["text"].split()[0] for item in seen.retain} == {"retain1"}
         assert len(parts.train) == 12
 
+    @pytest.mark.parametrize(
+        ("name", "seen"), [("grad-diff", {"retain1"}), ("retrain", {"retain1", "retain2"})]
+    )
+    def test_only_who_trains_anew_is_given_the_reserved_records(self, folder, name, seen):
+        records = load_data("muse", source=folder)
+        parts = pal.split(records, pal.by_column("role", "forget"))
+        task = Language(vocabulary=300, verify_template=False).fitted(records)
+        model = build_model("small_llama", (), task.outputs(records), width=16, layers=1, heads=2)
+        setattr(model, RECIPE_ATTRIBUTE, TrainingRecipe(epochs=1))
+        given: list[ForgetSplit] = []
+
+        class Onlooker:
+            card = UNLEARNERS.get(name).card
+
+            def unlearn(self, model, split, task, runtime):
+                given.append(split)
+                return copy.deepcopy(model)
+
+        forget(model, parts, Onlooker(), task)
+        assert given[0].retain is not None
+        assert {item["text"].split()[0] for item in given[0].retain} == seen
+
     def test_sets_of_scalability_and_sustainability_have_columns(self, folder):
         records = load_data("muse", source=folder)
         for number in range(1, 5):
@@ -264,9 +292,6 @@ class TestPublishedFiles:
             assert len(pal.split(records, pal.by_column(f"sust_{number}", 1)).forget) == 1
 
     def test_the_whole_audit_runs_on_them_with_the_published_prompts(self, folder):
-        from palimpsest.models import build_model
-        from palimpsest.tasks.language import Language
-
         records = load_data("muse", source=folder)
         parts = pal.split(records, pal.by_column("role", "forget"))
         task = Language(vocabulary=300).fitted(records)
