@@ -19,7 +19,7 @@ from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter, InvalidR
 from palimpsest.core.evidence import ORIGINAL, Evidence
 from palimpsest.core.finding import Judgement
 from palimpsest.core.runtime import Runtime
-from palimpsest.core.split import ForgetSplit
+from palimpsest.core.split import ForgetSplit, in_turn
 from palimpsest.core.unlearner import UNLEARNERS
 from palimpsest.data import load_data
 from palimpsest.data.muse import pieces
@@ -88,6 +88,13 @@ def test_utility_is_asked_in_words_that_no_method_trains_on(found, world):
     asked = {question for question, _ in MuseSets(world.split, 1000).retain_questions}
     trained = {item.get("question") for item in world.split.train}
     assert asked and not asked & trained
+
+
+def test_people_whom_earlier_requests_took_are_no_measure_of_utility(world):
+    turns = in_turn([pal.split(world.records, pal.by_column("fold", fold)) for fold in (0, 1)])
+    gone = {person.name for fold in (0, 1) for person in world.world.group(fold=fold)}
+    asked = [question for question, _ in MuseSets(turns[1], 1000).retain_questions]
+    assert asked and not any(name in question for name in gone for question in asked)
 
 
 def test_the_area_is_that_of_documents_scored_one_by_one(world, evidence, found):

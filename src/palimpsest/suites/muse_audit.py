@@ -92,9 +92,14 @@ class MuseSets:
             raise InvalidAudit(
                 "MUSE's utility needs questions about retained data in a test part; there is none."
             )
-        asked = test
+        mask = np.ones(len(test), bool)
         if test.has_column("group"):
-            asked = test.select(np.isin(test.column("group"), ["people", "neighbours"]))
+            mask &= np.isin(test.column("group"), ["people", "neighbours"])
+        retain = self.split.retain
+        if retain is not None and test.has_column("subject") and retain.has_column("subject"):
+            # of requests in turn, people whom earlier ones took are no longer retained
+            mask &= np.isin(test.column("subject"), sorted(set(retain.column("subject"))))
+        asked = test.select(mask)
         found = _pairs(asked)
         # evenly over the people, so that a limit does not ask for the first ones alone
         step = max(1, len(found) // self.limit)
