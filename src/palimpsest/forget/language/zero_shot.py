@@ -67,8 +67,8 @@ class ZeroShot:
         top_p: Of the sampling.
     """
 
-    method: str = "npo"
-    settings: dict[str, Any] = field(default_factory=lambda: {"retain": "none"})
+    method: str = "grad-ascent"
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
     corpus: Literal["texts", "refusals"] = "texts"
     situation: Situation = "factual"
     openings: Sequence[str] = OPENINGS
