@@ -35,6 +35,7 @@ OWN: dict[str, dict[str, Any]] = {
     "rmu": {"layer": 1, "steering": 2.0, "relative": True, "alpha": 1.0},
     "retrain": {"recipe": TrainingRecipe(epochs=1, lr=1e-4)},
     "system-prompt": {"most_topics": 1},
+    "zero-shot": {"openings": ["{name} lives in"], "new_tokens": 8, "settings": SMALL},
 }
 MODELS = ("llama", "gpt2")
 

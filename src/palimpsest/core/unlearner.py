@@ -67,7 +67,9 @@ class Unlearner(Protocol):
         ...
 
 
-UNLEARNERS: Registry[type[Unlearner]] = Registry("method", "palimpsest.forget", "palimpsest.methods")
+UNLEARNERS: Registry[type[Unlearner]] = Registry(
+    "method", ("palimpsest.forget", "palimpsest.suites"), "palimpsest.methods"
+)
 """All methods by name. Third parties register through the entry-point group `palimpsest.methods`."""
 
 C = TypeVar("C")

@@ -225,9 +225,12 @@ class GradientUnlearner(Training):
 
     Attributes:
         objective: What to minimise; every gradient method of `forget.language` is one.
+        after_epoch: Shown the model and the number of the epoch (from 0) at the end of each; training stops
+            where it says True. It must not change the model.
     """
 
     objective: Objective
+    after_epoch: Callable[[nn.Module, int], bool] | None = None
 
     def unlearn(self, model: nn.Module, split: ForgetSplit, task: Language, runtime: Runtime) -> nn.Module:
         """A new model; the history of its training is found under `HISTORY_ATTRIBUTE`.
@@ -261,7 +264,11 @@ class GradientUnlearner(Training):
             )
             history: list[dict[str, float]] = []
             shared.train()
+            epoch = 0
             for window in runtime.track(self._windows(context, needs_retain), "unlearning", steps):
+                if window[0].epoch > epoch and self._stops(shared, epoch):
+                    break
+                epoch = window[0].epoch
                 for step in window:
                     losses = losses_of(step)
                     if rule.needs_retain:
@@ -271,9 +278,18 @@ class GradientUnlearner(Training):
                 row = update.finish(partial(_retained_loss, context, window))
                 history.append({"epoch": window[0].epoch, **row})
                 schedule.step()
+            else:
+                self._stops(shared, epoch)
             unlearned = opened.close()
         setattr(unlearned, HISTORY_ATTRIBUTE, history)
         return unlearned.eval()
+
+    def _stops(self, model: nn.Module, epoch: int) -> bool:
+        """Whether the epoch that has just ended was the last."""
+        if self.after_epoch is None:
+            return False
+        with evaluating(model):
+            return self.after_epoch(model, epoch)
 
     def _windows(self, context: Context, needs_retain: bool) -> Iterator[list[Step]]:
         """The microbatches of every optimizer step: forget records in random order, partners drawn anew."""
@@ -360,8 +376,12 @@ class GradientMethod(Training):
 
     def unlearn(self, model: nn.Module, split: ForgetSplit, task: Language, runtime: Runtime) -> nn.Module:
         """A new model, by `GradientUnlearner`."""
+        return self.composed().unlearn(model, split, task, runtime)
+
+    def composed(self, after_epoch: Callable[[nn.Module, int], bool] | None = None) -> GradientUnlearner:
+        """The same as an objective with its training settings, for whom wants to look at every epoch."""
         settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(Training)}
-        return GradientUnlearner(objective=self, **settings).unlearn(model, split, task, runtime)
+        return GradientUnlearner(objective=self, after_epoch=after_epoch, **settings)
 
 
 def _counts(forget: Batch, retain: Batch | None) -> dict[tuple[Side, Per], int]:

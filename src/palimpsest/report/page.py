@@ -26,6 +26,7 @@ from palimpsest.report.features import features_chart, sets_chart
 from palimpsest.report.gathering import labels_of, requests_of
 from palimpsest.report.inside import answers_chart, cka_chart, separation_chart
 from palimpsest.report.membership import confidence_chart, roc_chart
+from palimpsest.report.muse import muse_chart
 from palimpsest.report.per_class import class_chart
 from palimpsest.report.style import colours
 from palimpsest.report.tables import exposed_tables, finding_rows, headings, judgements
@@ -59,6 +60,9 @@ PANELS = (
           "has seen. Good is close to the star.", privacy_chart),
     Panel("turns", "Request after request", "Every request is put to the model that the answer to the one before left. "
           "K: 0 as never trained on, 1 untouched.", turns_chart, wide=True),
+    Panel("muse", "MUSE over the requests", "Scores of MUSE after every request, x 100: growing forget sets show "
+          "scalability, requests in turn sustainability. Utility should stay where retraining leaves it.", muse_chart,
+          wide=True),
     Panel("classes", "Accuracy by class", "Change against the original in points. A method should change what "
           "retraining changes, and nothing else.", class_chart, wide=True),
     Panel("roc", "Membership attack", "Both axes logarithmic: the left end shows what an attacker learns who must not "
