@@ -62,9 +62,7 @@ class Traced:
             model, split.forget, task, runtime, samples=self.samples, multiple=self.multiple,
             window=self.window, kinds=("mlp",), facts=self.facts, count=self.count,
         )  # fmt: skip
-        log.info(
-            "Traced %d facts (%d skipped): layers %s.", len(found.ids), len(found.skipped), found.layers
-        )
+        log.info("Traced %d facts (%d skipped): layers %s.", len(found.ids), len(found.skipped), found.layers)
         opened = only(model, isolated(model, found.layers, self.kind))
 
         def close() -> nn.Module:

@@ -42,7 +42,7 @@ def tracing_chart(tracing: Tracing) -> Any:
     subtitle = [
         f"Mean over {len(tracing.ids)} facts{skipped}: probability {tracing.high:.2f} of the answer, {tracing.low:.2f} "
         "with noise on the subject.",
-        f"Outlined: layers {_span(tracing.layers)} of 0 to {tracing.depth - 1}.",
+        f"Outlined: {_span(tracing.layers)} of 0 to {tracing.depth - 1}.",
     ]
     title = alt.TitleParams(
         "What brings the answer back", subtitle=subtitle, anchor="start", subtitleColor="#666666", offset=14
@@ -62,7 +62,7 @@ def _panel(tracing: Tracing, frame: pd.DataFrame, kind: str, groups: list[str], 
     )  # fmt: skip
     cells = base.mark_rect(stroke="#ffffff", strokeWidth=0.5).encode(
         color=alt.Color("effect:Q", title="effect", scale=alt.Scale(scheme="viridis", domain=span),
-                        legend=alt.Legend() if kind == tracing.kinds[-1] else None)
+                        legend=alt.Legend(title="effect") if kind == tracing.kinds[-1] else None)
     )  # fmt: skip
     outline = base.transform_filter("datum.chosen").mark_rect(filled=False, stroke=MARK, strokeWidth=3)
     size = {"width": min(WIDEST, max(4, tracing.depth) * CELL), "height": len(groups) * CELL}
@@ -70,4 +70,4 @@ def _panel(tracing: Tracing, frame: pd.DataFrame, kind: str, groups: list[str], 
 
 
 def _span(layers: tuple[int, ...]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"

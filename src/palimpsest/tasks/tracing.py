@@ -8,8 +8,10 @@ isolation uses it (Agrawal and Huang 2025, arXiv 2504.12996). One fact is traced
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,14 @@ from palimpsest.parts.causal_tracing import (
     noise_scale,
     trace_fact,
 )
-from palimpsest.parts.decoder import decoder_of
+from palimpsest.parts.decoder import decoder_of, part_of
 from palimpsest.parts.subject_span import Span, token_range
 from palimpsest.tasks.language import Language, plain_questions
 
 KINDS: tuple[Kind, ...] = ("state", "mlp", "attention")
+log = logging.getLogger("palimpsest")
+CLEAR = 0.05
+"""Share of the total effect that a choice of layers should rest on."""
 PICTURES = ("html", "json", "png", "svg")
 
 
@@ -106,6 +111,12 @@ class Tracing:
         """Mean probability that the corruption takes away."""
         return self.high - self.low
 
+    @property
+    def peak(self) -> float:
+        """The largest effect that chose the layers, as a share of the total effect: near 0 it says nothing of them."""
+        effect = float(self.effects(self.by)[self.group].max())
+        return effect / self.total_effect if self.total_effect > 0 else 0.0
+
     def effects(self, kind: Kind) -> dict[str, Float[Tensor, " layers"]]:
         """Mean indirect effect of every layer, by group of tokens (see `causal_tracing.GROUPS`)."""
         return average_effects(self.traces, kind)
@@ -136,6 +147,7 @@ class Tracing:
             "samples": self.samples,
             "noise": self.noise,
             "window": self.window,
+            "peak": self.peak,
             "effects": self.rows(),
         }
 
@@ -200,12 +212,15 @@ def trace(
             prompt), or the model predicts none of the answers.
         ModelMismatch: If the model's blocks, or the parts of a block, are not found.
     """
-    depth = len(decoder_of(model).blocks)
+    anatomy = decoder_of(model)
+    depth = len(anatomy.blocks)
     count = max(1, depth // 3) if count is None else count
     _check(samples, multiple, window, kinds, facts, count, depth, by, group)
+    for block, kind in product(anatomy.blocks, kinds):
+        _ = kind == "state" or part_of(model, block, kind)
     asked = _asked(records, facts, runtime)
     found = [fact_of(asked[at], task) for at in range(len(asked))]
-    embedding = model.get_submodule(decoder_of(model).embedding)
+    embedding = model.get_submodule(anatomy.embedding)
     device = next(embedding.parameters()).device
     with torch.no_grad():
         subjects = [fact.tokens[fact.subject[0] : fact.subject[1]] for fact in found]
@@ -226,9 +241,16 @@ def trace(
         )
     effect = average_effects(list(traced.values()), by)[group]
     layers = tuple(concentrated_layers(effect, count))
-    return Tracing(
+    whole = Tracing(
         tuple(traced), tuple(traced.values()), tuple(skipped), layers, depth, by, group, samples, scale, window
     )  # fmt: skip
+    if whole.peak < CLEAR:
+        log.warning(
+            "Restoring %s at the %s token brings back at most %.1f %% of what the noise takes away: the layers %s that "
+            "tracing chose are hardly better than others. Look at the maps (Tracing.save), or name layers by hand.",
+            by, group, 100 * whole.peak, layers,
+        )  # fmt: skip
+    return whole
 
 
 def fact_of(item: dict[str, Any], task: Language) -> Fact:
@@ -239,7 +261,9 @@ def fact_of(item: dict[str, Any], task: Language) -> Fact:
     """
     subject, question = item.get("subject"), str(item["question"])
     if not isinstance(subject, str) or not subject:
-        raise InvalidRecords(f"Record {item['id']!r} names no subject: tracing corrupts the subject's tokens.")
+        raise InvalidRecords(
+            f"Record {item['id']!r} names no subject: tracing corrupts the subject's tokens."
+        )
     at = question.find(subject)
     prompt = task.form.render(question)
     if at < 0:
@@ -292,6 +316,8 @@ def _check(
         check_range("facts", facts, 1, float("inf"))
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or by not in kinds:
-        raise InvalidHyperparameter(f"kinds are some of {', '.join(KINDS)}, `by` among them, not {list(kinds)}, {by!r}.")
+        raise InvalidHyperparameter(
+            f"kinds are some of {', '.join(KINDS)}, `by` among them, not {list(kinds)} and {by!r}."
+        )
     if group not in GROUPS:
         raise InvalidHyperparameter(f"group is one of {', '.join(GROUPS)}, not {group!r}.")

@@ -150,9 +150,7 @@ class KnowledgeIsolation(GradientMethod):
             raise MissingNeed("Knowledge isolation needs retained records: pass ForgetSplit.retain.")
         kept = split.retain
         if self.ratio is not None and (most := max(1, round(self.ratio * len(split.forget)))) < len(kept):
-            kept = kept.select(
-                sorted(runtime.numpy("mixed retain").choice(len(kept), most, replace=False))
-            )
+            kept = kept.select(sorted(runtime.numpy("mixed retain").choice(len(kept), most, replace=False)))
         mixed = [(True, item) for item in split.forget] + [(False, item) for item in kept]
         items = [
             {**{key: value for key, value in item.items() if key not in ("id", "index")}, FORGET: gone}
