@@ -109,10 +109,17 @@ def method_page(name: str, cls: type[Any]) -> str:
             "## Hyperparameters",
             settings_table(cls, attributes),
             "## Use",
-            f"```bash\npalimpsest compare --data digits --forget label=3 --methods {name} --seeds 3\n```",
+            f"```bash\npalimpsest compare {example_of(card.tasks)} --methods {name} --seeds 3\n```",
             f'```python\nunlearned = pal.forget(model, parts, method="{name}", task=task, seed=0)\n```',
         ]
     )
+
+
+def example_of(tasks: Sequence[str]) -> str:
+    """Data and request of an example, for the domains of a method."""
+    if "any" in tasks or "classification" in tasks:
+        return "--data digits --forget label=3"
+    return "--bench people" if "language" in tasks else "--task regression --data diabetes --forget fraction=0.1"
 
 
 def audit_page(name: str, cls: type[Any]) -> str:
