@@ -12,7 +12,7 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import check_range
 from palimpsest.forget.scopes import Opened, only, scope
-from palimpsest.parts.decoder import decoder_of, part_of
+from palimpsest.parts.decoder import parts_of
 from palimpsest.parts.parameters import matching
 from palimpsest.tasks.language import Language
 from palimpsest.tasks.tracing import trace
@@ -75,6 +75,5 @@ class Traced:
 
 def isolated(model: nn.Module, layers: tuple[int, ...], kind: str) -> list[str]:
     """Names of the parameters of MLPs, attentions or both of some layers."""
-    parts = ("mlp", "attention") if kind == "all" else ("attention" if kind == "self_attn" else "mlp",)
-    blocks = decoder_of(model).blocks
-    return list(matching(model, *(part_of(model, blocks[at], part) for at in layers for part in parts)))
+    parts = ("mlp", "self_attn") if kind == "all" else (kind,)
+    return list(matching(model, *(name for part in parts for name in parts_of(model, layers, part))))

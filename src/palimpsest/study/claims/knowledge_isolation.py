@@ -84,7 +84,9 @@ class Isolated:
         """Of texts that have nothing to do with people and were not trained on."""
         task, texts = language(self.setting), general_texts(self.setting)
         with torch.no_grad():
-            losses = [task.loss_per_example(model, batch) for batch in self.setting.runtime.batches(texts, task, 32)]
+            losses = [
+                task.loss_per_example(model, batch) for batch in self.setting.runtime.batches(texts, task, 32)
+            ]
         return math.exp(float(torch.cat(losses).mean()))
 
 
@@ -153,7 +155,9 @@ def early_over_late(setting: Setting) -> float:
 def mlp_over_attention(setting: Setting) -> float:
     """Mean effect at the last subject token: of MLPs minus of attentions."""
     tracing = isolated_runs(setting).tracing()
-    return float(tracing.effects("mlp")["last subject"].mean() - tracing.effects("attention")["last subject"].mean())
+    return float(
+        tracing.effects("mlp")["last subject"].mean() - tracing.effects("attention")["last subject"].mean()
+    )
 
 
 @measurement("knowledge-isolation.peak")
@@ -179,7 +183,9 @@ def others_changed(setting: Setting) -> float:
     found: Tracing = getattr(after, TRACING_ATTRIBUTE)
     chosen = set(isolated(setting.original, found.layers, "mlp"))
     before = unwrapped(setting.original).state_dict()
-    moved = {name for name, value in unwrapped(after).state_dict().items() if not torch.equal(value, before[name])}
+    moved = {
+        name for name, value in unwrapped(after).state_dict().items() if not torch.equal(value, before[name])
+    }
     return float(len(moved - chosen) if moved & chosen else -1)
 
 
