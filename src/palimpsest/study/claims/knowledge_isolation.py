@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,9 +25,13 @@ from palimpsest.tasks.tracing import Tracing, trace
 TRACED: dict[str, Any] = {"samples": 5, "window": 2, "facts": 12}
 """Corrupted runs, layers restored together, and facts: the paper has 10, 10 (of 16 or 32 layers) and more facts."""
 LEARN: dict[str, Any] = {
-    "lr": 2e-3, "epochs": 12, "batch_size": 16, "accumulate": 1, "ratio": 2.0, "schedule": "constant", "chance": 0.15,
+    "lr": 2e-3, "epochs": 12, "batch_size": 16, "accumulate": 1, "schedule": "constant", "cap": 2.5, "chance": 0.15,
 }  # fmt: skip
-"""Every run ends with the first epoch after which at most 15 % of the forget rows are predicted word for word."""
+"""Where what is forgotten and retained counts: the forget loss is capped. Every run ends with the first epoch after which at most 15 % of the forget rows are predicted word for word."""
+PUBLISHED: dict[str, Any] = {"cap": None, "ratio": 2.0}
+"""Where layers and weights are compared: the loss without a cap, as it is published; two retained records per forget record."""
+SHARE = 0.7
+"""Of the rise of the perplexity under the loss on all layers, that is allowed."""
 
 
 @dataclass
@@ -178,7 +181,7 @@ def peak_at_the_last_token(setting: Setting) -> float:
 
 @measurement("knowledge-isolation.others-changed")
 def others_changed(setting: Setting) -> float:
-    """Tensors that changed and are not of the MLPs of the layers that were found; less one if none of those changed."""
+    """Tensors that changed and are not of the MLPs of the layers that were found; -1 if none of those changed."""
     after = isolated_runs(setting).run()
     found: Tracing = getattr(after, TRACING_ATTRIBUTE)
     chosen = set(isolated(setting.original, found.layers, "mlp"))
@@ -208,26 +211,27 @@ def retained_share(setting: Setting) -> float:
 # Claim 5: against other layers
 
 
-@measurement("knowledge-isolation.rise-over-all")
-def rise_over_all(setting: Setting) -> float:
-    """Rise of the perplexity of unrelated texts, over that of the same loss on the MLPs of all layers."""
+@measurement("knowledge-isolation.rise-over-share")
+def rise_over_share(setting: Setting) -> float:
+    """Rise of the perplexity of unrelated texts, minus 70 % of that of the same loss on the MLPs of all layers."""
     runs = isolated_runs(setting)
     before = runs.perplexity(setting.original)
-    ours, theirs = (runs.perplexity(model) - before for model in (runs.run(), runs.run("all")))
-    return ours / theirs if theirs > 0 else float(np.sign(ours)) * math.inf
+    ours, theirs = (runs.perplexity(runs.run(which, **PUBLISHED)) - before for which in ("traced", "all"))
+    return ours - SHARE * theirs
 
 
 @measurement("knowledge-isolation.gain-on-last")
 def gain_on_last(setting: Setting) -> float:
     """Exact retained answers minus those of the same loss on the last as many layers, at equal forgetting."""
     runs = isolated_runs(setting)
-    return runs.kept(runs.run()) - runs.kept(runs.run("last"))
+    return runs.kept(runs.run(**PUBLISHED)) - runs.kept(runs.run("last", **PUBLISHED))
 
 
-@measurement("knowledge-isolation.last-left")
-def last_left(setting: Setting) -> float:
-    """Share of forgotten questions that the run in the last layers leaves: whether it forgot as much at all."""
-    return exact(setting, isolated_runs(setting).run("last"), setting.split.forget)
+@measurement("knowledge-isolation.last-forgot")
+def last_forgot(setting: Setting) -> float:
+    """Share of forget records that the run in the last layers still predicts: whether it forgot as much at all."""
+    told: IsolationReport = getattr(isolated_runs(setting).run("last", **PUBLISHED), REPORT_ATTRIBUTE)
+    return told.accuracy[-1]
 
 
 # Claim 6: the weight that adapts
@@ -235,15 +239,19 @@ def last_left(setting: Setting) -> float:
 
 @measurement("knowledge-isolation.adaptive-over-fixed")
 def adaptive_over_fixed(setting: Setting) -> float:
-    """Loss of retained answers at the end, over that with m fixed at 1.2, after equally many epochs."""
+    """Loss of retained answers at the end, over that with m fixed at 1.2, after four epochs of each."""
     runs = isolated_runs(setting)
-    ours, theirs = (runs.run(chance=None, epochs=6, **changes) for changes in ({}, {"high": 1.2}))
-    return runs.retain_loss(ours) / runs.retain_loss(theirs)
+    return runs.retain_loss(_long(runs)) / runs.retain_loss(_long(runs, high=1.2))
 
 
 @measurement("knowledge-isolation.weights-seen")
 def weights_seen(setting: Setting) -> float:
-    """Number of different values of m, all of them from 1.2 to the cap of 2.3 (minus one if one is not)."""
-    told: IsolationReport = getattr(isolated_runs(setting).run(), REPORT_ATTRIBUTE)
+    """Number of different values of m, all of them from 1.2 to the cap of 2.3; -1 if one lies outside."""
+    told: IsolationReport = getattr(_long(isolated_runs(setting)), REPORT_ATTRIBUTE)
     inside = all(1.2 <= value <= 2.3 for value in told.multipliers)
     return float(len(set(told.multipliers)) if inside else -1)
+
+
+def _long(runs: Isolated, **changes: Any) -> nn.Module:
+    """Four epochs, whatever is forgotten by then."""
+    return runs.run(**PUBLISHED, chance=None, epochs=4, **changes)
