@@ -196,7 +196,7 @@ class Isolation:
         """Whether training ends here; after the last epoch the best parameters are put back, if asked for."""
         self.report.epochs += 1
         self.report.kept = self.report.epochs
-        at_chance = False
+        at_chance, accuracy = False, 1.0
         if self.settings.chance is not None or self.settings.keep == "best":
             accuracy, joint = self._looked_at()
             self.report.accuracy.append(accuracy)
