@@ -61,8 +61,7 @@ def _panel(tracing: Tracing, frame: pd.DataFrame, kind: str, groups: list[str], 
         tooltip=["tokens:N", "layer:O", alt.Tooltip("effect:Q", title="indirect effect", format=".4f")],
     )  # fmt: skip
     cells = base.mark_rect(stroke="#ffffff", strokeWidth=0.5).encode(
-        color=alt.Color("effect:Q", title="effect", scale=alt.Scale(scheme="viridis", domain=span),
-                        legend=alt.Legend(title="effect") if kind == tracing.kinds[-1] else None)
+        color=alt.Color("effect:Q", title="effect", scale=alt.Scale(scheme="viridis", domain=span))
     )  # fmt: skip
     outline = base.transform_filter("datum.chosen").mark_rect(filled=False, stroke=MARK, strokeWidth=3)
     size = {"width": min(WIDEST, max(4, tracing.depth) * CELL), "height": len(groups) * CELL}
