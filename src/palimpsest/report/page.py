@@ -24,7 +24,7 @@ from palimpsest.report.attacks import (
 from palimpsest.report.cost import cost_chart
 from palimpsest.report.features import features_chart, sets_chart
 from palimpsest.report.gathering import labels_of, requests_of
-from palimpsest.report.inside import cka_chart, separation_chart
+from palimpsest.report.inside import answers_chart, cka_chart, separation_chart
 from palimpsest.report.membership import confidence_chart, roc_chart
 from palimpsest.report.per_class import class_chart
 from palimpsest.report.style import colours
@@ -71,6 +71,8 @@ PANELS = (
           "model without the records would be.", cka_chart),
     Panel("separation", "Is the class still a class inside?", "How far the forgotten class stands apart from the "
           "nearest retained class, in units of its own spread.", separation_chart),
+    Panel("answers", "Are the answers still readable inside?", "Probes trained on retained subjects, and the head itself, "
+          "on the hidden states of every block. What hides an answer leaves it readable further down.", answers_chart),
     Panel("features", "Feature space", "The plane in which each model's features spread most, turned alike. Retraining "
           "shows where records of a class lie that a model never saw; hiding leaves them where they were.",
           features_chart, wide=True),

@@ -57,6 +57,7 @@ class DownProjections:
 
 @unlearner(
     "rmu",
+    intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("language",),
     paper=Paper(
