@@ -204,7 +204,7 @@ def test_settings_out_of_range_are_refused(world: TrainedWorld, cities: Records,
 
 @pytest.mark.parametrize(
     ("subject", "named"),
-    [(None, "names no subject"), ("Nobody", "does not occur in its prompt 'Question: Where")],
+    [(None, "names no `subject`"), ("Nobody", "does not occur in its prompt 'Question: Where")],
 )
 def test_a_question_without_its_subject_is_refused_with_the_prompt(
     world: TrainedWorld, subject: Any, named: str

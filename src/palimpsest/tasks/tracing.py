@@ -262,7 +262,8 @@ def fact_of(item: dict[str, Any], task: Language) -> Fact:
     subject, question = item.get("subject"), str(item["question"])
     if not isinstance(subject, str) or not subject:
         raise InvalidRecords(
-            f"Record {item['id']!r} names no subject: tracing corrupts the subject's tokens."
+            f"Record {item['id']!r} names no `subject`, whose tokens tracing corrupts: add the field, or choose layers "
+            "by hand ({'name': 'blocks', 'layers': [0, 1], 'kind': 'mlp'} as scope)."
         )
     at = question.find(subject)
     prompt = task.form.render(question)
