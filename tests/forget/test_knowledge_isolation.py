@@ -76,14 +76,12 @@ def test_only_parameters_of_the_chosen_parts_change(world: TrainedWorld, adaptiv
     assert all(parameter.requires_grad for parameter in adaptive.parameters())
 
 
-def test_forgotten_answers_go_and_most_retained_ones_stay(world: TrainedWorld, adaptive: Any):
-    before, kept = (
-        measured(world, world.original, world.split.forget)[0],
-        measured(world, adaptive, world.split.retain)[0],
-    )
-    assert before >= 0.9
-    assert measured(world, adaptive, world.split.forget)[0] <= 0.25
-    assert kept >= 0.5
+def test_forgotten_answers_go_and_most_retained_ones_stay(world: TrainedWorld):
+    model = unlearned(world, **{**LEARN, "lr": 2e-3, "epochs": 6, "ratio": None, "cap": 2.5})
+    assert measured(world, world.original, world.split.forget)[0] >= 0.9
+    assert measured(world, model, world.split.forget)[0] <= 0.15
+    assert measured(world, model, world.split.retain)[0] >= 0.7
+    assert report(model).stopped
 
 
 def test_the_weight_that_adapts_keeps_the_retain_loss_lower_than_a_fixed_one(
