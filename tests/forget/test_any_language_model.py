@@ -29,7 +29,7 @@ SCOPES = [
     pytest.param({"name": "named", "patterns": ["*.0.*"]}, marks=pytest.mark.slow),
     pytest.param({"name": "saliency", "share": 0.3}, marks=pytest.mark.slow),
 ]
-DRAWN_PER_BATCH = ("flat",)
+DRAWN_PER_BATCH = ("flat", "knowledge-isolation")
 """Methods whose loss is of a batch as a whole, or draws anew for each."""
 OTHER_RULES = [
     name if name == "gu" else pytest.param(name, marks=pytest.mark.slow)

@@ -33,6 +33,8 @@ from palimpsest.tasks.language import Language
 
 HISTORY_ATTRIBUTE = "palimpsest_history"
 """Of an unlearned model: one row per optimizer step with losses and what the rule measured."""
+REPORT_ATTRIBUTE = "palimpsest_report"
+"""Of an unlearned model: what its objective reports of the run (`Context.report`), if it does."""
 Side = Literal["forget", "retain"]
 Per = Literal["row", "token"]
 
@@ -99,6 +101,9 @@ class Context:
         steps: Optimizer steps of the whole run.
         epochs: Passes over the forget records.
         original: A frozen copy of the model, where the objective asked for one.
+        after_epoch: Set by an objective that looks at the model after every epoch: told whether it was the
+            last, it says whether training stops.
+        report: Set by an objective that has something to tell; found at the unlearned model.
     """
 
     model: nn.Module
@@ -108,6 +113,8 @@ class Context:
     steps: int
     epochs: int
     original: nn.Module | None = None
+    after_epoch: Callable[[bool], bool] | None = None
+    report: object | None = None
 
     @property
     def reference(self) -> nn.Module:
@@ -244,7 +251,7 @@ class GradientUnlearner(Training):
         if needs_retain and split.retain is None:
             raise MissingNeed("The objective or its rule needs retained records: pass ForgetSplit.retain.")
         student = runtime.place(copy.deepcopy(model))
-        rows = getattr(self.objective, "rows", None)
+        request, rows = split, getattr(self.objective, "rows", None)
         if rows is not None:
             split = dataclasses.replace(split, forget=rows(student, split, task, runtime))
         original = copy.deepcopy(student).eval() if self.objective.needs_original else None
@@ -252,7 +259,7 @@ class GradientUnlearner(Training):
             parameter.requires_grad_(False)
         steps, per_epoch = self.steps(len(split.forget)), self.steps_per_epoch(len(split.forget))
         with runtime.seeded("gradient unlearning"):
-            opened = scope.open(student, split, task, runtime)
+            opened = scope.open(student, request, task, runtime)
             optimizer = self.build_optimizer(opened.parameters)
             shared, optimizer = runtime.shared(opened.model, optimizer)
             context = Context(shared, split, task, runtime, steps, self.epochs, original)
@@ -282,6 +289,8 @@ class GradientUnlearner(Training):
                 self._stops(shared, epoch)
             unlearned = opened.close()
         setattr(unlearned, HISTORY_ATTRIBUTE, history)
+        if context.report is not None:
+            setattr(unlearned, REPORT_ATTRIBUTE, context.report)
         return unlearned.eval()
 
     def _stops(self, model: nn.Module, epoch: int) -> bool:
@@ -300,13 +309,16 @@ class GradientUnlearner(Training):
             shuffled = torch.randperm(count, generator=order).numpy()
             for start in range(0, count, self.batch_size * self.accumulate):
                 if number == context.steps:
-                    return
+                    break
                 gone = shuffled[start : start + self.batch_size * self.accumulate]
                 kept = None
                 if needs_retain and split.retain is not None:
                     kept = partners.integers(len(split.retain), size=len(gone))
                 yield self._microbatches(context, gone, kept, epoch, number)
                 number += 1
+            last = number == context.steps
+            if (context.after_epoch is not None and context.after_epoch(last)) or last:
+                return
 
     def _microbatches(
         self,

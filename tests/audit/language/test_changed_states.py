@@ -17,7 +17,7 @@ from palimpsest.audit.language.patching import Patching, depth_score, entity, pa
 from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Judgement
-from palimpsest.parts.blocks import final_norm
+from palimpsest.parts.decoder import final_norm
 from tests.audit import planted_language as planted
 from tests.audit.language.conftest import found
 

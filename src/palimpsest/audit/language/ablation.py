@@ -35,7 +35,7 @@ from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.evidence import ORIGINAL, Evidence
 from palimpsest.core.finding import Outcome, Row
 from palimpsest.core.unlearner import check_range
-from palimpsest.parts.blocks import stack_of
+from palimpsest.parts.decoder import stack_of
 
 TINY = 1e-6
 """Length of a difference of means, relative to the states, below which there is no direction."""

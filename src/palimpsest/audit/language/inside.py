@@ -18,7 +18,7 @@ from palimpsest.audit.language.asked import Question, language_of, questions
 from palimpsest.core.errors import InvalidAudit, ModelMismatch
 from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
 from palimpsest.core.modes import evaluating
-from palimpsest.parts.blocks import final_norm, stack_of
+from palimpsest.parts.decoder import final_norm, stack_of
 from palimpsest.tasks.language import Language
 from palimpsest.tasks.scoring import at_positions
 

@@ -32,7 +32,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.records import Batch
 from palimpsest.core.scale import judged
 from palimpsest.core.unlearner import check_range
-from palimpsest.parts.blocks import stack_of
+from palimpsest.parts.decoder import stack_of
 
 COUNTS = 0.05
 """Drop in nats from which a block counts (card `sok`)."""
