@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import nn
@@ -143,8 +144,10 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
     """Check that a hyperparameter lies in [low, high] (or (low, high]).
 
     Raises:
-        InvalidHyperparameter: If it does not.
+        InvalidHyperparameter: If it does not, or is no number.
     """
+    if not isinstance(value, Real):
+        raise InvalidHyperparameter(f"{name} must be a number, not {value!r}.")
     inside = (low < value if open_low else low <= value) and value <= high
     if not inside:
         bracket = "(" if open_low else "["

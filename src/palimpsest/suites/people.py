@@ -65,7 +65,6 @@ def world_recipe(size: str, model: str | None, data: str | None) -> Tree:
         "training": learnt.training.to_dict(),
         "forget": ["fold=0"],
         "controls": 2,
-        "audits": AUDITS,
     }
     if model is not None:
         tree["model"] = {"name": f"hf:{model}", "settings": {}}
@@ -74,15 +73,6 @@ def world_recipe(size: str, model: str | None, data: str | None) -> Tree:
     return tree
 
 
-AUDITS: list[Tree] = [
-    {"name": "recall"},
-    {"name": "relearning", "settings": {"few": 2, "companions": 2, "steps": 20, "every": 4, "repetitions": 2, "batch_size": 32}},
-    {"name": "benign-finetuning", "settings": {"steps": 20, "every": 5, "batch_size": 32}},
-    {"name": "quantization", "settings": {"bits": [8, 4]}},
-    {"name": "unwrapping"},
-    {"name": "cost"},
-]  # fmt: skip
-"""What every study of the world is audited with, at budgets for two cores."""
 FINE_TUNING: Tree = {
     "epochs": 5, "lr": 1e-4, "batch_size": 16, "optimizer": "adamw", "weight_decay": 0.01,
     "schedule": "cosine", "clip": 1.0,

@@ -31,7 +31,8 @@ def wmdp(model: str | None, data: str | None) -> Tree:
 
     RMU did not part the two invented domains in a model of two blocks that knew every trained question (seven
     settings of steering, alpha and rate, one seed): at rates of 1e-3 and 3e-3 nothing was forgotten, at 1e-2 both
-    fell (0.45 and 0.75), at 2e-2 both were at chance.
+    fell (0.45 and 0.75) or, with other settings, the benign one stayed at 1.0 and the other at 0.85, at 2e-2 both
+    were at chance.
     """
     if data is None and model is not None:
         raise InvalidHyperparameter(

@@ -13,6 +13,7 @@ from torch import nn
 from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords
 from palimpsest.core.needs import Need
 from palimpsest.core.runtime import Runtime
+from palimpsest.core.search_space import Choice
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Card, check_range, unlearner
 from palimpsest.forget.language.in_context import check_room, preface, questions_of
@@ -25,6 +26,7 @@ from palimpsest.tasks.language import Language
     intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA},
     tasks=("language",),
+    search={"obey": Choice(("model", "rule"))},
 )
 @dataclass(frozen=True, kw_only=True)
 class SystemPrompt:
