@@ -74,7 +74,9 @@ def finetune(
             f"The buffer holds class {int(rows['label'].max())}, the head has {student.outputs} outputs."
         )
     if distil > 0 and "logits" not in rows:
-        raise ModelMismatch("Distillation needs logits in the buffer: take distil=0 or a base that stores them.")
+        raise ModelMismatch(
+            "Distillation needs logits in the buffer: take distil=0 or a base that stores them."
+        )
     known = dict(student.model.named_parameters())
     moving = [known[name] for name in names]
     optimizer, count, used = torch.optim.SGD(moving, lr), len(rows["label"]), 0

@@ -83,7 +83,9 @@ def chosen(model: nn.Module, modules: Sequence[str], head: str | None = None) ->
         if word == "all":
             found += [part for parts in of_group.values() for part in parts]
         elif word == "norm":
-            found += [part for name in of_group for part in of_group[name] if name.rpartition(".")[0] in norms]
+            found += [
+                part for name in of_group for part in of_group[name] if name.rpartition(".")[0] in norms
+            ]
         elif word in ("head", "first"):
             found += of_group[(head or head_name(model)) if word == "head" else next(iter(layers))]
         elif word in of_group:
@@ -93,7 +95,9 @@ def chosen(model: nn.Module, modules: Sequence[str], head: str | None = None) ->
         else:
             raise UnknownName("module", word, [*WORDS, *of_group])
     if not found:
-        raise InvalidHyperparameter(f"{', '.join(modules) or 'nothing'}: this chooses no module of the network.")
+        raise InvalidHyperparameter(
+            f"{', '.join(modules) or 'nothing'}: this chooses no module of the network."
+        )
     return list(dict.fromkeys(found))
 
 

@@ -130,4 +130,3 @@ def check_batch(batch_size: int, views: int, records: int) -> None:
             f"{records} records do not fill one batch of {batch_size // views} with {views} views each: "
             "take a smaller batch."
         )
-

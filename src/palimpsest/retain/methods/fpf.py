@@ -129,7 +129,9 @@ class FPF:
     def scores(self) -> dict[str, float]:
         """With "auto": mean change of every module in the first epoch of a new task."""
         of_all = self.changes
-        return {name: sum(task[name] for task in of_all) / len(of_all) for name in of_all[0]} if of_all else {}
+        return (
+            {name: sum(task[name] for task in of_all) / len(of_all) for name in of_all[0]} if of_all else {}
+        )
 
     @property
     def figures(self) -> dict[str, float]:

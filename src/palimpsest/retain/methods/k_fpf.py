@@ -65,7 +65,9 @@ class KFPF:
         check_finetuning(self.iterations, self.tuning_lr, self.tuning_batch, self.distil, 1.0)
         check_replay(self.memory, None)
         if self.times < 1 or (self.every is not None and self.every < 1):
-            raise InvalidHyperparameter(f"times and every must be at least 1, not {self.times}, {self.every}.")
+            raise InvalidHyperparameter(
+                f"times and every must be at least 1, not {self.times}, {self.every}."
+            )
         self.modules = (self.modules,) if isinstance(self.modules, str) else tuple(self.modules)
 
     def begin(self, student: Student) -> None:

@@ -32,6 +32,7 @@ from palimpsest.retain.view_schedule import (
 from palimpsest.retain.wrapping import buffer_of, built_base, check_scenario
 
 Change = Callable[[Tensor, torch.Generator], Tensor]
+COUNTS = ("slots", "visits", "gap", "gaps", "lost", "returns", "known", "forgotten")
 
 
 @learner(
@@ -127,13 +128,18 @@ class ViewBatch:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Slots, unique records, steps between visits, and the accuracy lost between them."""
+        """Slots, visits and steps between two of them; what happens to answers on a record meanwhile.
+
+        "lost between visits" is the accuracy right after a step minus that before the next visit (below 0 while
+        the network still improves), "forgotten between visits" the share of right answers that became wrong.
+        """
         seen = self.student
         found = {"slots": float(seen.slots), "visits": float(seen.visits), "views": float(self.views)}
         if seen.gaps:
             found["steps between visits"] = seen.gap / seen.gaps
         if seen.returns:
             found["lost between visits"] = seen.lost / seen.returns
+            found["forgotten between visits"] = seen.forgotten / max(1, seen.known)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,8 +149,7 @@ class ViewBatch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume."""
         self.inner.load_state_dict(state)
-        self.student.slots, self.student.visits, self.student.gap, self.student.gaps = state["views"][:4]
-        self.student.lost, self.student.returns = state["views"][4:]
+        self.student.__dict__.update(zip(COUNTS, state["views"], strict=True))
 
 
 class _ViewStudent(Student):
@@ -154,6 +159,7 @@ class _ViewStudent(Student):
         self.__dict__.update(student.__dict__)
         self.setting = setting
         self.slots, self.visits, self.gap, self.gaps, self.lost, self.returns = 0, 0, 0, 0, 0, 0
+        self.known, self.forgotten = 0, 0
         self.view: Tensor | None = None
         """Views of the batch that was served last; None outside epochs."""
         self._epoch: int | None = None
@@ -161,7 +167,7 @@ class _ViewStudent(Student):
         self._shown: list[tuple[Tensor, Tensor]] = []
 
     def counts(self) -> list[int]:
-        return [self.slots, self.visits, self.gap, self.gaps, self.lost, self.returns]
+        return [getattr(self, name) for name in COUNTS]
 
     def epochs(self) -> Iterator[int]:
         """Numbers of the passes over the records: V epochs are one."""
@@ -258,7 +264,9 @@ class _ViewStudent(Student):
         """How many answers were lost since the last visit: right then minus right now."""
         for record, now in zip(records, self._answers(batch), strict=True):
             if record in self._right:
-                self.lost, self.returns = self.lost + self._right[record] - now, self.returns + 1
+                right = self._right[record]
+                self.lost, self.returns = self.lost + right - now, self.returns + 1
+                self.known, self.forgotten = self.known + right, self.forgotten + (right and not now)
 
     @torch.no_grad()
     def _answers(self, batch: Batch) -> list[int]:
