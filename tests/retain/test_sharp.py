@@ -226,7 +226,6 @@ def test_early_classes_are_kept_where_a_dense_network_forgets_them(stream, cpu):
         found[name] = outcome
     assert found["sharp"].matrix.scores[-1, 0] > found["dense"].matrix.scores[-1, 0] + 0.2
     assert found["sharp"].measures()["density"] == pytest.approx(0.4, abs=0.03)
-    assert found["dense"].measures()["density"] == 1.0
     assert found["dense"].measures()["frozen units"] == 0.0
 
 
