@@ -45,7 +45,7 @@ def test_the_correction_is_where_an_independent_optimiser_ends():
     more = torch.cat([newest, torch.tensor([False])])
     alpha, beta = fitted(biased, labels, more, 1500, 0.05, 240, random)
     assert alpha == pytest.approx(expected[0], abs=0.02) and beta == pytest.approx(expected[1], abs=0.05)
-    assert beta < -1 and alpha < 0.7  # it takes back what was added
+    assert beta < -1 and alpha < 0.9  # it takes back what was added
 
 
 def test_held_out_records_are_balanced_and_not_learned(stream, small_mlp, cpu):

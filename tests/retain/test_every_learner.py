@@ -154,7 +154,7 @@ def test_a_growing_head_and_batch_norm_work(name, few_digits, cpu):
     model = build_model("small_resnet", (1, 8, 8), 6, seed=0, width=4)
     training = Training(epochs=1, lr=0.05, batch_size=16, head="growing")
     if name in CHAINS:
-        with pytest.raises(ModelMismatch, match="chain|plain convolutions"):
+        with pytest.raises(ModelMismatch, match=r"chain|plain convolutions"):
             Run(made(name), stream, model, training=training, runtime=cpu())
         model = build_model("small_cnn", (1, 8, 8), 6, seed=0, width=4, hidden=16)
     run = Run(made(name), stream, model, training=training, runtime=cpu())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ def test_over_one_cycle_every_record_is_served_v_times_in_one_run(records, views
     order = torch.tensor(random.sample(range(records), records))
     epochs = [served(order, epoch, views).tolist() for epoch in range(views)]
     assert all(len(epoch) == records for epoch in epochs)  # as many slots as without views
-    whole = sum(epochs, [])
-    runs = [whole[0]] + [b for a, b in zip(whole, whole[1:], strict=False) if a != b]
+    whole = [record for epoch in epochs for record in epoch]
+    runs = [whole[0]] + [b for a, b in pairwise(whole) if a != b]
     assert Counter(whole) == dict.fromkeys(range(records), views)
     assert runs == order.tolist()
 

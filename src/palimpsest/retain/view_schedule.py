@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -67,7 +68,7 @@ def cuts(view: Int[Tensor, " slots"], batch_size: int, views: int) -> list[tuple
     edges = [0, *range(whole + batch_size, len(view), batch_size), len(view)]
     if views > 1 and len(edges) > 2 and edges[-1] - edges[-2] == 1:
         del edges[-2]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def pairs(view: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,7 +58,10 @@ def cut(
 
 
 def grown(
-    target: Int[Tensor, " targets"], mask: Bool[Tensor, "targets columns"], count: int, random: torch.Generator
+    target: Int[Tensor, " targets"],
+    mask: Bool[Tensor, "targets columns"],
+    count: int,
+    random: torch.Generator,
 ) -> Bool[Tensor, "targets columns"]:
     """New connections to plastic units, drawn uniformly among the absent ones; fewer if there is no more room."""
     free = (~mask & (target == PLASTIC)[:, None]).flatten().nonzero().flatten()
@@ -93,7 +97,7 @@ class Wiring:
                 f"Of {len(self.layers)} layers before the head {self.early} cannot be early ones: at least one must "
                 "come after them."
             )
-        device = self.layers[0].weight.device
+        device = weights(self.layers[0]).device
         sizes = [units_in(self.layers[0]), *(len(weights(layer)) for layer in self.layers)]
         self.types = [torch.full((size,), PLASTIC, device=device) for size in sizes]
         self.types[0].fill_(INPUT)
@@ -243,7 +247,7 @@ def check_chain(model: nn.Module, layers: Sequence[nn.Module], head: nn.Module) 
         )
     if not layers or not isinstance(layers[-1], nn.Linear):
         raise ModelMismatch("The last layer before the head must be linear.")
-    for before, after in zip(layers, layers[1:], strict=False):
+    for before, after in pairwise(layers):
         if units_in(after) % len(weights(before)):
             raise ModelMismatch(f"{units_in(after)} inputs do not follow {len(weights(before))} outputs.")
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from palimpsest.core.errors import InvalidHyperparameter, ModelMismatch
 from palimpsest.retain.learner import Learner, LearnerCard, build_learner
-from palimpsest.retain.streams import Scenario
 
 
 def built_base(name: str, settings: Mapping[str, Any], wrapper: LearnerCard) -> tuple[Learner, LearnerCard]:
@@ -25,7 +24,7 @@ def built_base(name: str, settings: Mapping[str, Any], wrapper: LearnerCard) -> 
     return base, replace(wrapper, keeps=wrapper.keeps | base.card.keeps, scenarios=scenarios)
 
 
-def check_scenario(base: Learner, scenario: Scenario) -> None:
+def check_scenario(base: Learner, scenario: str) -> None:
     """Check that the inner learner works in a setting.
 
     Raises:

@@ -200,7 +200,7 @@ def corrected(
     alpha: float | Tensor,
     beta: float | Tensor,
 ) -> Float[Tensor, "batch classes"]:
-    """alpha z + beta for the newest classes, z for all others.
+    """Logits with alpha z + beta for the newest classes, z for all others.
 
     Example:
         >>> corrected(torch.tensor([[1.0, 4.0]]), torch.tensor([False, True]), 0.5, -1.0).tolist()
@@ -218,7 +218,7 @@ def fitted(
     batch_size: int,
     random: torch.Generator,
 ) -> tuple[float, float]:
-    """alpha and beta that lower the cross-entropy of corrected logits, by Adam from 1 and 0.
+    """The alpha and beta that lower the cross-entropy of corrected logits, by Adam from 1 and 0.
 
     Args:
         logits: Minus infinity for classes that were not met.

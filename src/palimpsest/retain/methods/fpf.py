@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -78,7 +78,7 @@ class FPF:
         self.modules = (self.modules,) if isinstance(self.modules, str) else tuple(self.modules)
         self.inner: Learner
         self.card: LearnerCard
-        self.inner, self.card = built_base(self.base, self.settings, type(self).card)
+        self.inner, self.card = built_base(self.base, self.settings, cast(Any, type(self)).card)
 
     def begin(self, student: Student) -> None:
         """Give the student to the base learner."""

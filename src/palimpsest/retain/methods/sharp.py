@@ -188,9 +188,7 @@ class Sharp:
         self.student.load_state_dict(state["student"])
         self.wiring.load_state_dict(state["wiring"])
         self.short.load_state_dict(state["short"], device)
-        self.banks = {
-            int(label): (bank.to(device), mask.to(device)) for label, bank, mask in state["banks"]
-        }
+        self.banks = {int(label): (bank.to(device), mask.to(device)) for label, bank, mask in state["banks"]}
         self.replayed = [int(label) for label in state["replayed"]]
 
     def _check(self, experience: Experience) -> None:

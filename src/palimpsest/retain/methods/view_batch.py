@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -97,7 +97,7 @@ class ViewBatch:
         divergence(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), self.reduction)
         self.inner: Learner
         self.card: LearnerCard
-        self.inner, self.card = built_base(self.base, self.settings, type(self).card)
+        self.inner, self.card = built_base(self.base, self.settings, cast(Any, type(self)).card)
         if self.views == 1 and self.alpha > 0:
             warnings.warn("With one view there is nothing to compare: the divergence is 0.", stacklevel=3)
 
