@@ -90,7 +90,7 @@ class FPF:
         self.own = Reservoir(self.memory, student.generator("fpf buffer"))
         self.changes: list[dict[str, float]] = []
         self._before: dict[str, Tensor] = {}
-        self._used = self._learned = 0
+        self._used = 0
 
     @property
     def kept(self) -> Any:
