@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest.core.errors import MissingTaskId, NotTrained
+from palimpsest.core.errors import MissingTaskId, ModelMismatch, NotTrained
 from palimpsest.models import build_model
 from palimpsest.retain import LEARNERS, Run, Training, build_learner, learn, parse_stream
 from palimpsest.retain.evaluation import SECRET
@@ -15,6 +15,8 @@ from palimpsest.retain.state import load_state, save_state
 TRAINING = Training(epochs=2, lr=0.05, batch_size=16)
 SMALL = {"memory": 30, "size": 30}
 """Settings that many learners have, made small for these tests."""
+CHAINS = {"sharp"}
+"""Learners that rewire the network: they need a chain of layers without batch norm."""
 
 
 def made(name, scenario="class"):
@@ -151,6 +153,10 @@ def test_a_growing_head_and_batch_norm_work(name, few_digits, cpu):
     stream = parse_stream("class:3x2", few_digits)
     model = build_model("small_resnet", (1, 8, 8), 6, seed=0, width=4)
     training = Training(epochs=1, lr=0.05, batch_size=16, head="growing")
+    if name in CHAINS:
+        with pytest.raises(ModelMismatch, match=r"chain|plain convolutions"):
+            Run(made(name), stream, model, training=training, runtime=cpu())
+        model = build_model("small_cnn", (1, 8, 8), 6, seed=0, width=4, hidden=16)
     run = Run(made(name), stream, model, training=training, runtime=cpu())
     for outputs in (2, 4, 6):
         run.advance()

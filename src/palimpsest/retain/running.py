@@ -57,7 +57,7 @@ class Outcome:
         return float(np.mean([scores[step, : step + 1].mean() for step in range(len(scores))]))
 
     def measures(self) -> dict[str, float | None]:
-        """All figures by name; None where one is not defined."""
+        """All figures by name, a learner's own (its attribute `figures`) among them; None where undefined."""
         found: dict[str, float | None] = {
             "accuracy": self.matrix.average,
             "average incremental accuracy": self.average_incremental,
@@ -70,6 +70,8 @@ class Outcome:
         }
         while_learning = summary(self.history)
         found |= {name: value for name, value in while_learning.items() if name != "ACC"}
+        own: Mapping[str, float] = getattr(self.learner, "figures", {})
+        found |= own
         return {
             name: value if value is not None and np.isfinite(value) else None for name, value in found.items()
         }

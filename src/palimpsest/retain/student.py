@@ -332,8 +332,11 @@ class Student:
 
 
 def together(batch: Batch, replay: Mapping[str, Tensor]) -> Batch:
-    """Inputs and labels of the current batch, then those of a replayed one (which may be empty)."""
-    names = ("input", "label")
+    """Inputs and labels of the current batch, then those of a replayed one (which may be empty).
+
+    A field "view" (which view of its record each row is, see `view_schedule`) goes along.
+    """
+    names = ("input", "label", "view") if "view" in batch else ("input", "label")
     return {
         name: torch.cat([batch[name], replay[name].to(batch[name])]) if replay else batch[name]
         for name in names

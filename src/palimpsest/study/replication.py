@@ -20,6 +20,7 @@ from palimpsest.core.errors import InvalidRecipe, UnknownName
 from palimpsest.core.writing import check_writable, write_text
 from palimpsest.study.claims import MEASUREMENTS, Setting
 from palimpsest.study.claims.claim import Claim, Figure, Judged, judge_unit
+from palimpsest.study.claims.learned import LEARNED
 from palimpsest.study.compare import artifacts_of, compare
 from palimpsest.study.plan import ORIGINAL, methods_of
 from palimpsest.study.recipe import Recipe, content_hash, load_recipe
@@ -160,7 +161,7 @@ def replicate(
     for name, recipe in recipes.items():
         place = root / _folder_name(name, recipe)
         if isinstance(recipe, RetainRecipe):
-            studied[name] = RetainStudied(retain(recipe, place, workers=workers, progress=progress))
+            studied[name] = RetainStudied(retain(recipe, place, workers=workers, progress=progress), recipe)
         else:
             studied[name] = Studied(recipe, compare(recipe, place, workers=workers, progress=progress))
     claims = tuple(judge(claim, studied[claim.study]) for claim in replication.claims)
@@ -301,4 +302,4 @@ def _check(replication: Replication, recipes: Mapping[str, Recipe | RetainRecipe
         for condition in claim.conditions:
             kind, _, name = condition.metric.rpartition(":")
             if kind == "measure":
-                MEASUREMENTS.get(name)
+                (LEARNED if isinstance(recipe, RetainRecipe) else MEASUREMENTS).get(name)

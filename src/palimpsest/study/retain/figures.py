@@ -8,7 +8,11 @@ from functools import partial
 import numpy as np
 
 from palimpsest.core.errors import InvalidRecipe
+from palimpsest.retain.running import Run
+from palimpsest.study.claims.learned import LEARNED, Learned
+from palimpsest.study.retain.recipe import RetainRecipe
 from palimpsest.study.retain.result import RetainCell, RetainResult
+from palimpsest.study.retain.workshop import RetainWorkshop
 
 Cells = Mapping[tuple[str, str, int], RetainCell]
 
@@ -18,7 +22,8 @@ class RetainStudied:
 
     A metric is a measure ("accuracy", "forgetting", "min-ACC", ...), or one of:
 
-    - "newest", "first": accuracy at the end on the newest and on the first task;
+    - "newest", "first", "earlier": accuracy at the end on the newest and on the first task, and its mean over
+      all but the newest;
     - "records": training records over all experiences;
     - "start:4-6": mean accuracy on tasks 4 to 6 at the first evaluation while each was learned;
     - "lowest:1:30": lowest accuracy of task 1 in the first 30 steps of the experience after it;
@@ -28,14 +33,18 @@ class RetainStudied:
       " of LABEL" at the end the other figure is that of another method;
     - "start:4-6 minus start:1-3": two figures of one cell;
     - "accuracy-over-minimum", "accuracy-over-worst-case": accuracy at the end minus min-ACC, minus WC-ACC;
-    - "hidden-by-task-ends": min-ACC from the accuracy matrix alone, minus min-ACC.
+    - "hidden-by-task-ends": min-ACC from the accuracy matrix alone, minus min-ACC;
+    - "measure:slug.name": a measurement of the claims package, on the method as it learns the stream again.
 
     Args:
         result: What came of the study.
+        recipe: Of the study, where measurements are asked for.
     """
 
-    def __init__(self, result: RetainResult):
-        self.result = result
+    def __init__(self, result: RetainResult, recipe: RetainRecipe | None = None):
+        self.result, self.recipe = result, recipe
+        self._learned: dict[tuple[str, str, int], Learned] = {}
+        self._measured: dict[tuple[str, str, int, str], float] = {}
         self.cells = {(cell.stream, cell.label, cell.seed): cell for cell in result.cells}
 
     def units(self) -> dict[tuple[str, int], Callable[[str, str], float | None]]:
@@ -57,7 +66,24 @@ class RetainStudied:
         cell = self.cells.get((other if at else stream, label, seed))
         if cell is None or cell.status != "done":
             return None
+        if colon and kind == "measure":
+            return self._measure(cell, name.partition(":")[2])
         return figure_of(cell, name)
+
+    def _measure(self, cell: RetainCell, name: str) -> float:
+        """A measurement of the claims package; each is made once."""
+        key = (cell.stream, cell.label, cell.seed)
+        if (*key, name) not in self._measured:
+            if key not in self._learned:
+                self._learned = {key: Learned(partial(self._run, *key))}
+            self._measured[*key, name] = LEARNED.get(name)(self._learned[key])
+        return self._measured[*key, name]
+
+    def _run(self, stream: str, label: str, seed: int) -> Run:
+        if self.recipe is None:
+            raise InvalidRecipe("Measurements need the recipe of the study.")
+        titles = [method.title for method in self.recipe.methods]
+        return RetainWorkshop(self.recipe).run(self.recipe.streams.index(stream), titles.index(label), seed)
 
     def _compared(self, stream: str, seed: int, label: str, kind: str, what: str) -> float | None:
         """Two figures against each other, as the prefix of a metric says."""
@@ -99,6 +125,8 @@ def figure_of(cell: RetainCell, name: str) -> float | None:
             return outcome["matrix"][-1][-1]
         if kind == "first":
             return outcome["matrix"][-1][0]
+        if kind == "earlier":
+            return float(np.mean(outcome["matrix"][-1][:-1])) if len(outcome["matrix"]) > 1 else None
         if kind == "records":
             return float(sum(outcome["records"]))
         if kind == "start":
