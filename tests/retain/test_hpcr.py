@@ -119,7 +119,14 @@ def test_the_wave_begins_again_with_every_experience(few_digits, small_mlp, cpu,
 
     monkeypatch.setattr(module, "wave", spy)
     learn("hpcr", stream, small_mlp(6), training=ONLINE, runtime=cpu(), memory=30)
-    assert steps == [1, 2, 3, 4, *range(5), *range(5)]  # 48 records each; nothing to replay at the very first step
+    assert steps == [
+        1,
+        2,
+        3,
+        4,
+        *range(5),
+        *range(5),
+    ]  # 48 records each; nothing to replay at the very first step
 
 
 def test_class_distillation_is_a_mean_square_over_the_labels_with_repeats():
@@ -289,9 +296,7 @@ def test_a_label_outside_the_head_is_named(drawn):
 
 def test_more_replay_than_there_is_takes_what_there_is(few_digits, small_mlp, cpu):
     stream = parse_stream("class:2x2:online", few_digits)
-    outcome = learn(
-        "hpcr", stream, small_mlp(4), training=ONLINE, runtime=cpu(), memory=5, replay_batch=100
-    )
+    outcome = learn("hpcr", stream, small_mlp(4), training=ONLINE, runtime=cpu(), memory=5, replay_batch=100)
     assert np.isfinite(outcome.matrix.scores[-1]).all()
 
 

@@ -124,7 +124,7 @@ class HPCR:
 
     def predict(self, batch: Batch) -> Int[Tensor, " batch"]:
         """The class of largest cosine."""
-        return read_out(self.student, batch, angle_only=True)
+        return read_out(self.student, batch, cosine_logits)
 
     def state_dict(self) -> dict[str, Any]:
         """Student and buffer."""

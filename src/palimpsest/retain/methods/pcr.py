@@ -16,7 +16,7 @@ from palimpsest.core.search_space import Choice, Span
 from palimpsest.core.unlearner import Paper
 from palimpsest.retain.buffers import Fields, Reservoir
 from palimpsest.retain.contrast import check_temperature, contrast
-from palimpsest.retain.cosine import check_labels, class_vectors, read_out, unit
+from palimpsest.retain.cosine import check_labels, class_vectors, cosine_logits, read_out, unit
 from palimpsest.retain.learner import Keeps, learner
 from palimpsest.retain.methods.der import check_replay
 from palimpsest.retain.streams import Experience
@@ -87,7 +87,7 @@ class PCR:
 
     def predict(self, batch: Batch) -> Int[Tensor, " batch"]:
         """The class of largest cosine."""
-        return read_out(self.student, batch, angle_only=True)
+        return read_out(self.student, batch, cosine_logits)
 
     def state_dict(self) -> dict[str, Any]:
         """Student and buffer."""
