@@ -67,7 +67,8 @@ class NAPAVQ:
         decay: Of an edge, for each time that a vector won and the other was not near.
         weight_scale: Of squared distances in the weights of neighbours; one over a typical one.
         temperature: T.
-        mixtures: Weight of the mixtures' cross-entropy.
+        neighbourhood: Weight of L_na; 1 as published.
+        mixtures: Weight of the mixtures' cross-entropy; 0 makes no mixtures.
         distillation: Weight of the distance to the old encoder's features.
         rotations: Whether each image is learned in four turns; needs square images.
         vector_lr: Learning rate of vectors in the first experience.
@@ -81,6 +82,7 @@ class NAPAVQ:
     decay: float = 0.9
     weight_scale: float = 0.001
     temperature: float = 0.1
+    neighbourhood: float = 1.0
     mixtures: float = 10.0
     distillation: float = 10.0
     rotations: bool = True
@@ -102,9 +104,10 @@ class NAPAVQ:
             )
         if not 0 < self.decay < 1:
             raise InvalidHyperparameter(f"decay must lie in (0, 1), not {self.decay}.")
-        if not all(0 <= weight < float("inf") for weight in (self.mixtures, self.distillation)):
+        weights = (self.neighbourhood, self.mixtures, self.distillation)
+        if not all(0 <= weight < float("inf") for weight in weights):
             raise InvalidHyperparameter(
-                f"mixtures and distillation must be at least 0 and finite: {self.mixtures}, {self.distillation}."
+                f"neighbourhood, mixtures and distillation must be at least 0 and finite: {weights}."
             )
 
     def begin(self, student: Student) -> None:
@@ -141,8 +144,9 @@ class NAPAVQ:
                     if teacher is not None:
                         with torch.no_grad():
                             before = student.task.features(teacher, {"input": views, "label": labels})
-                        mixed, roots = self._mixed(old, met, len(batch["label"]), draws)
-                        loss = loss + self._vector_loss(mixed, roots, met, self.mixtures)
+                        if self.mixtures:
+                            mixtures, roots = self._mixed(old, met, len(batch["label"]), draws)
+                            loss = loss + self._vector_loss(mixtures, roots, met, self.mixtures)
                         loss = loss + self.distillation * (features - before).norm()
                     student.backward(loss)
                     self._apply(self._labels_of(old), epoch, teacher is None)
@@ -203,12 +207,12 @@ class NAPAVQ:
         met: Int[Tensor, " met"],
         weight: float,
     ) -> Float[Tensor, ""]:
-        """Weight * CE of distances + L_na among the labels met; the edges learn from the batch."""
+        """Weighted CE of distances + L_na, among the labels met; the edges learn from the batch."""
         gaps = distances(features, self.vectors[met])
         own = torch.searchsorted(met, labels)
         edges = updated_edges(self.edges[met[:, None], met], gaps.detach(), self.neighbours, self.decay)
         loss = weight * distance_cross_entropy(gaps, own, self.temperature)
-        loss = loss + neighbourhood_loss(gaps, own, edges > 0, self.weight_scale)
+        loss = loss + self.neighbourhood * neighbourhood_loss(gaps, own, edges > 0, self.weight_scale)
         self.edges[met[:, None], met] = (edges + edges.T) / 2
         return loss
 
