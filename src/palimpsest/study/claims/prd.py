@@ -10,7 +10,7 @@ from torch import Tensor
 from palimpsest.core.modes import evaluating
 from palimpsest.retain.contrast import supervised_contrast
 from palimpsest.retain.cosine import class_vectors
-from palimpsest.retain.methods.prd import PRD, prototype_loss, relation_distillation
+from palimpsest.retain.methods.prd import PRD, Axis, prototype_loss, relation_distillation
 from palimpsest.study.claims.learned import Learned, learned_measurement
 
 
@@ -24,7 +24,8 @@ def start_of_distillation(learned: Learned) -> float:
         features = student.features({"input": inputs}).double()
     vectors = class_vectors(student).detach().double()
     found = 0.0
-    for axis, temperature in (("class", 1.0), ("sample", 0.1)):
+    axes: tuple[tuple[Axis, float], ...] = (("class", 1.0), ("sample", 0.1))
+    for axis, temperature in axes:
         h, p = features.clone().requires_grad_(), vectors.clone().requires_grad_()
         loss = relation_distillation(h, p, features, vectors, earlier, temperature, axis)
         found = max([found, abs(loss.item()), *(_largest(g) for g in torch.autograd.grad(loss, [h, p]))])
