@@ -43,9 +43,9 @@ def edges_missing(learned: Learned) -> float:
     return float((_learner(learned).edges == 0).float().mean())
 
 
-@learned_measurement("napa-vq.margin-ratio")
-def margin_ratio(learned: Learned) -> float:
-    """Mean margin to the second vector of mixtures, over that of the prototypes that they come from."""
+@learned_measurement("napa-vq.margin-change")
+def margin_change(learned: Learned) -> float:
+    """Mean margin to the second vector of mixtures, minus that of the prototypes that they come from."""
     learner = _learner(learned)
     draws = torch.Generator().manual_seed(0)
     vectors, means = learner.vectors.detach(), learner.prototypes.means
@@ -55,7 +55,7 @@ def margin_ratio(learned: Learned) -> float:
     others = torch.multinomial(near[roots].float().cpu(), 1, generator=draws).flatten().to(roots.device)
     gamma = 0.5 + 0.5 * torch.rand(len(roots), 1, generator=draws).to(means)
     mixtures = mixed(means[roots], means[others], gamma)
-    return _margin(mixtures, vectors, roots) / _margin(means[roots], vectors, roots)
+    return _margin(mixtures, vectors, roots) - _margin(means[roots], vectors, roots)
 
 
 def _margin(features: Tensor, vectors: Tensor, labels: Tensor) -> float:
