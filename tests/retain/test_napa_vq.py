@@ -8,7 +8,7 @@ from palimpsest.core.errors import InvalidHyperparameter, InvalidStream, ModelMi
 from palimpsest.core.runtime import Runtime
 from palimpsest.models import build_model
 from palimpsest.retain import LEARNERS, Run, Training, build_learner, learn, parse_stream
-from palimpsest.retain.methods.napa_vq import (
+from palimpsest.retain.coding_vectors import (
     distance_cross_entropy,
     distances,
     mixed,

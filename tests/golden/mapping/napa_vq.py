@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from palimpsest.retain.methods.napa_vq import (
+from palimpsest.retain.coding_vectors import (
     distance_cross_entropy,
     distances,
     neighbourhood_loss,

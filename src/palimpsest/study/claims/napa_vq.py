@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from palimpsest.retain.methods.napa_vq import NAPAVQ, distances, mixed
+from palimpsest.retain.coding_vectors import distances, mixed
+from palimpsest.retain.methods.napa_vq import NAPAVQ
 from palimpsest.study.claims.learned import Learned, learned_measurement
 
 
