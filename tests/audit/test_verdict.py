@@ -184,6 +184,27 @@ def test_the_rules_of_the_verdict(expected, findings):
     assert judge(findings, records=50).verdict == expected
 
 
+def test_damage_done_by_a_wrapper_around_a_knowing_network_is_suppression():
+    broken = Finding(
+        "utility",
+        "test_accuracy",
+        0.3,
+        0.28,
+        0.32,
+        400,
+        original=0.96,
+        controls=(0.95, 0.94),
+        bears="utility",
+    )
+    gone, still = finding("a", 0.0, "outputs"), finding("b", 1.0, "inside")
+    bare = finding("inner_forget_accuracy", 1.0, "inside", "unwrapping")
+    assert judge([broken, gone, still], 50).verdict == "damaged"
+    judgment = judge([broken, gone, bare], 50)
+    assert (
+        judgment.verdict == "suppressed" and "As it is served: utility.test_accuracy" in judgment.reasons[-1]
+    )
+
+
 def test_a_loss_of_utility_within_the_spread_of_the_controls_is_no_damage():
     def utility(value: float, controls: tuple[float, ...]) -> list[Finding]:
         accuracy = Finding(

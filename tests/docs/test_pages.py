@@ -118,6 +118,18 @@ def test_the_lines_of_the_guide_to_worst_cases_run():
     assert len(names["hardest"]) == 5 and len(names["request"].forget) == len(names["worst"].ids)
 
 
+@pytest.mark.parametrize("page", ["language", "retain"])
+def test_the_lines_of_a_guide_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for code in blocks(ROOT / "docs" / "guide" / f"{page}.md", "python"):
+        exec(code, names)
+    if page == "language":
+        assert names["report"].verdict and names["unlearned"] is not None
+    else:
+        assert names["outcome"].matrix.scores.shape == (5, 5)
+
+
 @pytest.mark.slow
 def test_the_membership_page_runs_as_told(tmp_path, monkeypatch):
     page = ROOT / "docs" / "guide" / "membership.md"

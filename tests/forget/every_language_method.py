@@ -30,11 +30,13 @@ OWN: dict[str, dict[str, Any]] = {
     "eco": {"dims": 8, "strength": 3.0},
     "in-context": {"shown": 1, "context": 0, "most_topics": 1},
     "influence": {"samples": 2, "alpha": 1e-3},
+    "knowledge-isolation": {"scope": {"name": "blocks", "layers": [0]}, "chance": None},
     "l1-sparse": {"epochs": 1},
     "pdu": {"slack": 1.2, "dual_warmup": 0},
     "rmu": {"layer": 1, "steering": 2.0, "relative": True, "alpha": 1.0},
     "retrain": {"recipe": TrainingRecipe(epochs=1, lr=1e-4)},
     "system-prompt": {"most_topics": 1},
+    "zero-shot": {"openings": ["{name} lives in"], "new_tokens": 8, "settings": SMALL},
 }
 MODELS = ("llama", "gpt2")
 

@@ -26,8 +26,15 @@ from palimpsest.forget.rules import RULES
 SCOPES = [
     "lora",
     {"name": "blocks", "layers": [1], "kind": "mlp"},
-    {"name": "named", "patterns": ["*.0.*"]},
-    {"name": "saliency", "share": 0.3},
+    pytest.param({"name": "named", "patterns": ["*.0.*"]}, marks=pytest.mark.slow),
+    pytest.param({"name": "saliency", "share": 0.3}, marks=pytest.mark.slow),
+]
+DRAWN_PER_BATCH = ("flat", "knowledge-isolation")
+"""Methods whose loss is of a batch as a whole, or draws anew for each."""
+OTHER_RULES = [
+    name if name == "gu" else pytest.param(name, marks=pytest.mark.slow)
+    for name in RULES.names()
+    if name != "sum"
 ]
 
 
@@ -40,10 +47,10 @@ def test_every_method_takes_a_step_on_any_decoder_and_leaves_the_given_one_alone
     assert fingerprint(model) == before and unlearned is not model
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module.training for module in unlearned.modules())
-    assert all(parameter.requires_grad for parameter in unlearned.parameters())
     if wraps(unlearned):
         assert fingerprint(unlearned.plain) == before
     else:
+        assert all(parameter.requires_grad for parameter in unlearned.parameters())
         assert type(unlearned) is type(model)
         assert any(moved.any() for moved in changed(model, unlearned).values())
     batch = task.collate([request.forget[0], request.retain[0]])
@@ -65,7 +72,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_global_random_state(nam
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES.names() if name != "sum"])
+@pytest.mark.parametrize("rule", OTHER_RULES)
 @pytest.mark.parametrize("name", BY_GRADIENT)
 def test_every_method_of_the_loop_runs_under_every_rule(name, rule):
     (request, task), model = little_world(), untrained("llama")
@@ -92,15 +99,17 @@ def test_every_method_of_the_loop_runs_in_every_scope(name, scope):
     assert all(parameter.requires_grad for parameter in unlearned.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in BY_GRADIENT if name not in ("task-vector", "whp")])
+@pytest.mark.parametrize("name", [name for name in BY_GRADIENT if name not in DRAWN_PER_BATCH])
 def test_two_half_batches_move_the_model_as_one_whole_batch_does(name):
     (request, task), model = little_world(), untrained("llama")
     common = {"optimizer": "sgd", "clip": None, "lr": 0.05, "weight_decay": 0.0}
     whole = forget_quickly(model, request, name, task, batch_size=8, **common)
     halves = forget_quickly(model, request, name, task, batch_size=4, accumulate=2, **common)
+    if wraps(whole):
+        whole, halves, model = whole.reinforced, halves.reinforced, whole.plain
     for one, two, start in zip(whole.parameters(), halves.parameters(), model.parameters(), strict=True):
         scale = float((one - start).abs().max().detach())
-        assert torch.allclose(one, two, atol=2e-3 * scale + 1e-7)
+        assert torch.allclose(one, two, atol=2e-3 * scale + 1e-6)
     assert fingerprint(whole) != fingerprint(model)
 
 

@@ -19,7 +19,15 @@ from palimpsest.parts.causal_tracing import (
     token_groups,
     trace_fact,
 )
-from palimpsest.parts.decoder import block_parameters, decoder_of, part_of, truncated
+from palimpsest.parts.decoder import (
+    block_parameters,
+    decoder_of,
+    final_norm,
+    part_of,
+    parts_of,
+    stack_of,
+    truncated,
+)
 from palimpsest.parts.subject_span import subject_range, subject_range_in, token_range
 
 TOKENS = torch.tensor([3, 11, 7, 19, 2, 5])
@@ -245,6 +253,27 @@ def test_the_parts_of_usual_decoders_are_found():
     assert decoder_of(llama()).embedding == "model.embed_tokens"
     assert decoder_of(gpt2()).blocks[0] == "transformer.h.0"
     assert part_of(gpt2(), "transformer.h.1", "attention") == "transformer.h.1.attn"
+
+
+def test_the_stack_names_its_blocks_and_their_parts(model):
+    stack, names = stack_of(model), decoder_of(model)
+    assert tuple(stack.block(at) for at in range(len(stack))) == names.blocks and stack.name == names.stack
+    assert all(
+        model.get_submodule(name) is block for name, block in zip(names.blocks, stack.blocks, strict=True)
+    )
+    for kind in ("mlp", "attention"):
+        assert parts_of(model, None, kind) == [part_of(model, block, kind) for block in names.blocks]
+    assert (
+        stack.part(1, "self_attn") == stack.part(1, "attention") and stack.part(1, "all") == names.blocks[1]
+    )
+    down = model.get_submodule(stack.part(2, "down"))
+    assert max(down.weight.shape) > min(down.weight.shape) == 16
+    assert final_norm(model) is (model.model.norm if hasattr(model, "model") else model.transformer.ln_f)
+    for number, kind in ((3, "mlp"), (-1, "mlp"), (0, "head")):
+        with pytest.raises(InvalidHyperparameter):
+            stack.part(number, kind)
+    with pytest.raises(ModelMismatch, match="No final"):
+        final_norm(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)] * 2)}))
 
 
 def test_experts_within_blocks_are_not_taken_for_blocks():

@@ -10,13 +10,12 @@ from torch import nn
 
 from palimpsest.audit.report import AuditReport
 from palimpsest.audit.verdict import judge
-from palimpsest.core.auditing import AUDITS, Audit, Checked
+from palimpsest.core.auditing import AUDITS, Audit, Checked, build_audit
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Finding, Judgement, Row
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
-from palimpsest.core.unlearner import build
 from palimpsest.parts.reinitialise import check_finite
 
 
@@ -42,7 +41,8 @@ def audit(
         original: The model before the request.
         retrained: One or several models retrained without the forget records, of different seeds. Without
             one the verdict is inconclusive; several make every judgement sharper.
-        audits: Names or instances; by default all that need no shadow models and apply to the split.
+        audits: Names (with the budget of the domain) or instances; by default all that need no shadow models
+            and apply to the split.
         seed: Of everything random in the audits.
         runtime: Device and progress; by default this machine with `seed`.
         facts: What to note on the report (method, request, ...).
@@ -72,7 +72,7 @@ def examine(
 
     Args and errors are those of `audit`.
     """
-    chosen = _chosen(audits)
+    chosen = _chosen(audits, evidence.task.name)
     split = evidence.split
     for role in evidence.roles:
         model = evidence.runtime.place(evidence.model(role))
@@ -106,10 +106,9 @@ def _check(model: nn.Module, role: str, evidence: Evidence) -> bool:
     return True
 
 
-def _chosen(audits: Sequence[str | Audit] | None) -> list[Audit]:
-    if audits is None:
-        return [cls() for _, cls in AUDITS.items() if cls.card.default]
-    return [build("audit", AUDITS.get(item), item, {}) if isinstance(item, str) else item for item in audits]
+def _chosen(audits: Sequence[str | Audit] | None, task: str) -> list[Audit]:
+    wanted = [name for name, cls in AUDITS.items() if cls.card.default] if audits is None else audits
+    return [build_audit(item, task) if isinstance(item, str) else item for item in wanted]
 
 
 def _missing(item: Audit, evidence: Evidence) -> str:

@@ -4,11 +4,13 @@ The rules in order; the first that applies decides. "Outputs", "inside" and so o
 on (`Finding.bears`); K is the scale of `core.scale`, 0 as a retrained model, 1 as the original. A finding
 counts only if its probe is valid, that is, if original and retrained models differ clearly in it.
 
-1. **intact** by identity: the outputs are the original's on every record.
+1. **intact** by identity: the outputs are the original's on every record, and so is every finding on the
+   outputs (a filter of generated replies leaves likelihoods as they are).
 2. **inconclusive**: no retrained control, or fewer than `FEWEST_RECORDS` records to forget.
 3. **damaged**: on retained or test records (without the forgotten classes) the model is worse than both the
    original and the controls by more than `DAMAGE`, beyond sampling error and the spread of the controls; or
-   it lost a retained class by more than `CLASS_DAMAGE`.
+   it lost a retained class by more than `CLASS_DAMAGE`. Not if the network inside a wrapper still knows: what
+   stands around it can be taken off, knowledge and utility are back, and rule 4 applies with the damage named.
 4. **suppressed**: at least one finding on the outputs says forgotten (K at most `FORGOTTEN`), and a finding
    on the inside says known (K at least `KNOWN` with its interval above 0, or at least `UNTOUCHED`).
 5. **intact**: every finding on the outputs has K of at least `UNTOUCHED`.
@@ -23,6 +25,10 @@ counts only if its probe is valid, that is, if original and retrained models dif
 Where models answer in numbers, skill stands for accuracy (`audit.regression`): a share of the error of a
 constant answer that is saved. Of language models it stands for the share of questions whose greedy reply names
 the answer (`audit.language.recall`); over-forgotten are answers whose tokens are less likely than to controls.
+Inside a language model look the probe and the lens (`audit.language.hidden_probe`, `logit_lens`), the ablation of
+directions, patching (only where the controls share the original's basis: else its zero is noise), and whatever
+trains or rounds copies. What stands around a network is left out before it is read, so that a guard, a refusal
+or an offset of logits over an untouched network is **suppressed**, whatever its outputs say.
 
 The thresholds are below, in one place. `tests/audit/test_verdict.py` shows how often they are right.
 """
@@ -54,6 +60,8 @@ UNTOUCHED = 0.8
 SKILL_SPREAD = 0.15
 """Prior deviation of the skill on forget records between retrainings: beyond the retained targets they
 extrapolate, each in its own way (digits as numbers, small CNN: 0.14; tables less)."""
+BARE = "unwrapping.inner_forget_accuracy"
+"""What the network inside a wrapper knows; bears on the inside only where it differs from the whole."""
 CHANGES = ("distance.max_change", "regression.max_change", "recall.max_change")
 """Findings that say how far outputs are from the original's."""
 TOKEN_SPREAD = 0.5
@@ -95,7 +103,7 @@ def judge(findings: Sequence[Finding], records: int) -> Judgment:
     """
     by_key = {finding.key: finding for finding in findings}
     change = next((by_key[key] for key in CHANGES if key in by_key), None)
-    if change is not None and change.value == 0:
+    if change is not None and change.value == 0 and not _replies_differ(findings):
         return _say(Verdict.INTACT, "The outputs are the original's on every record: nothing was forgotten.")
     known = [finding for finding in findings if finding.valid and finding.k is not None]
     outputs = [finding for finding in known if finding.bears == "outputs"]
@@ -105,13 +113,15 @@ def judge(findings: Sequence[Finding], records: int) -> Judgment:
     if reason:
         return _say(Verdict.INCONCLUSIVE, reason)
     damage = [text for finding in findings for text in _damage(finding)]
-    if damage:
-        return _say(Verdict.DAMAGED, *damage)
     forgotten = [finding for finding in outputs if _k(finding) <= FORGOTTEN]
     present = [finding for finding in inside if _still_known(finding)]
+    wrapped = forgotten and any(finding.key == BARE and _k(finding) >= UNTOUCHED for finding in present)
+    if damage and not wrapped:
+        return _say(Verdict.DAMAGED, *damage)
     if forgotten and present:
         gone = [_quote(finding, "gone from the outputs") for finding in forgotten[:1]]
-        return _say(Verdict.SUPPRESSED, *gone, *(_quote(finding, "still there") for finding in present))
+        there = [_quote(finding, "still there") for finding in present]
+        return _say(Verdict.SUPPRESSED, *gone, *there, *(f"As it is served: {text}" for text in damage))
     if outputs and all(_k(finding) >= UNTOUCHED for finding in outputs):
         return _say(Verdict.INTACT, *(_quote(finding, "as the original") for finding in outputs))
     worse = [text for finding in findings for text in _over_forgotten(finding)]
@@ -138,6 +148,17 @@ def judge(findings: Sequence[Finding], records: int) -> Judgment:
         Verdict.REMOVED,
         *(_quote(finding, "as retrained") for finding in [*outputs, *looked]),
         "This is the absence of a trace under the audits listed, not a proof.",
+    )
+
+
+def _replies_differ(findings: Sequence[Finding]) -> bool:
+    """Whether some finding on the outputs is another than the original's."""
+    return any(
+        finding.bears == "outputs"
+        and finding.value is not None
+        and finding.original is not None
+        and not math.isclose(finding.value, finding.original, abs_tol=1e-6)
+        for finding in findings
     )
 
 

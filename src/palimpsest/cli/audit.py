@@ -98,8 +98,7 @@ def command(
     judged = network.load(unlearned, parts)
     controls = [network.load(path, parts) for path in retrained]
     from palimpsest.audit import audit
-    from palimpsest.core.auditing import AUDITS
-    from palimpsest.core.unlearner import build
+    from palimpsest.core.auditing import build_audit
     from palimpsest.core.writing import check_writable
 
     if out is not None:
@@ -107,7 +106,7 @@ def command(
     say(parts.summary())
     report = audit(
         unlearned=judged, split=parts, task=network.domain(parts), original=before, retrained=controls,
-        audits=[build("audit", AUDITS.get(item["name"]), item["name"], item["settings"]) for item in chosen] or None,
+        audits=[build_audit(item["name"], task, item["settings"]) for item in chosen] or None,
         runtime=read_runtime(seed, device, progress=True),
         facts={"label": unlearned.stem, "data": data, "model": arch, "seed": seed},
     )  # fmt: skip

@@ -151,7 +151,7 @@ def command(
 
         chosen = BENCHMARKS.get(bench)
         start = chosen.recipe(model, data)
-        named["methods"] = chosen.methods(listed(methods))
+        named["methods"] = chosen.methods(listed(methods), model)
     said = [
         f"{key}={json.dumps(value)}"
         for key, value in named.items()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Outcome
 from palimpsest.core.registry import Registry
+from palimpsest.core.unlearner import build
+
+Settings = Mapping[str, Any]
 
 
 class Cost(StrEnum):
@@ -17,6 +20,7 @@ class Cost(StrEnum):
 
     SHARED = "shared passes only"
     ATTACK = "changes copies of the models"
+    REPEAT = "repeats the method"
     SHADOW = "trains shadow models"
 
 
@@ -32,6 +36,8 @@ class AuditCard:
         parts: Parts of the split that it needs.
         tasks: Domains that it works in.
         default: Whether it runs unless others are named.
+        budgets: Settings by domain where its fields' defaults do not suit: a pass over texts is dearer than one
+            over small images. What is set explicitly comes before them.
     """
 
     name: str
@@ -41,6 +47,7 @@ class AuditCard:
     parts: tuple[str, ...]
     tasks: tuple[str, ...]
     default: bool
+    budgets: Mapping[str, Settings] = field(default_factory=dict[str, Settings])
 
 
 @runtime_checkable
@@ -63,7 +70,9 @@ class Checked(Audit, Protocol):
         ...
 
 
-AUDITS: Registry[type[Audit]] = Registry("audit", "palimpsest.audit", "palimpsest.audits")
+AUDITS: Registry[type[Audit]] = Registry(
+    "audit", ("palimpsest.audit", "palimpsest.suites"), "palimpsest.audits"
+)
 """All audits by name. Third parties register through the entry-point group `palimpsest.audits`."""
 
 C = TypeVar("C")
@@ -77,14 +86,26 @@ def audit(
     parts: Iterable[str] = ("forget",),
     tasks: tuple[str, ...] = ("any",),
     default: bool = True,
+    budgets: Mapping[str, Settings] | None = None,
 ) -> Callable[[type[C]], type[C]]:
     """Class decorator that makes a dataclass with `run` an audit called `name`."""
 
     def decorate(cls: type[C]) -> type[C]:
         summary = (cls.__doc__ or "").strip().partition("\n")[0]
-        card = AuditCard(name, code, summary, cost, tuple(parts), tasks, default)
+        card = AuditCard(name, code, summary, cost, tuple(parts), tasks, default, budgets or {})
         cls.card = card  # pyright: ignore[reportAttributeAccessIssue]
         AUDITS.register(name)(cast(type[Audit], cls))
         return cls
 
     return decorate
+
+
+def build_audit(name: str, task: str, settings: Settings | None = None) -> Audit:
+    """An audit by name, with the budget of a domain and settings that come before it.
+
+    Raises:
+        UnknownName: For an unknown audit or setting; suggests the nearest.
+        InvalidHyperparameter: For a value that the audit refuses.
+    """
+    cls = AUDITS.get(name)
+    return build("audit", cls, name, {**cls.card.budgets.get(task, {}), **(settings or {})})

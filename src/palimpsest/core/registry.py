@@ -18,13 +18,15 @@ class Registry(Generic[T]):
 
     Args:
         kind: What the entries are, for error messages ("method", "audit", ...).
-        package: Dotted package whose modules register entries when imported; imported on first look-up.
+        package: Dotted package whose modules register entries when imported, or several; imported on first
+            look-up.
         group: Entry-point group through which other distributions register theirs: each entry point
             names a module (imported for its decorators) or an already decorated object.
     """
 
-    def __init__(self, kind: str, package: str, group: str | None = None):
-        self.kind, self.package, self.group = kind, package, group
+    def __init__(self, kind: str, package: str | tuple[str, ...], group: str | None = None):
+        self.kind, self.group = kind, group
+        self.packages = (package,) if isinstance(package, str) else package
         self._entries: dict[str, T] = {}
         self._loaded = False
         self._makers: list[Callable[[str], T | None]] = []
@@ -81,13 +83,14 @@ class Registry(Generic[T]):
             yield name, self._entries[name]
 
     def load(self) -> None:
-        """Import every module of the package and every entry point of the group, once."""
+        """Import every module of the packages and every entry point of the group, once."""
         if self._loaded:
             return
         self._loaded = True
-        package = importlib.import_module(self.package)
-        for module in pkgutil.walk_packages(package.__path__, f"{self.package}."):
-            if not module.name.rpartition(".")[2].startswith("_"):
-                importlib.import_module(module.name)
+        for name in self.packages:
+            package = importlib.import_module(name)
+            for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+                if not module.name.rpartition(".")[2].startswith("_"):
+                    importlib.import_module(module.name)
         for entry in entry_points(group=self.group) if self.group else ():
             entry.load()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,8 @@ from palimpsest.core.records import Records
 from palimpsest.core.selection import Mask, Selection
 
 PARTS = ("forget", "retain", "test", "holdout")
+RESERVED = "reserved"
+"""Column that is 1 for retained records which models are trained on and methods may not look at."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,19 @@ class ForgetSplit:
         if self.forget.column("label").dtype.kind == "f":
             return []
         return sorted(set(self.forget.column("label").tolist()) - set(self.retain.column("label").tolist()))
+
+    @property
+    def for_methods(self) -> ForgetSplit:
+        """The split as a method may see it: without retained records whose column "reserved" is 1.
+
+        Some benchmarks (MUSE) measure utility on retained data that methods must not train on.
+        """
+        if self.retain is None or not self.retain.has_column(RESERVED):
+            return self
+        open_ones = self.retain.column(RESERVED).astype(float) == 0
+        if open_ones.all():
+            return self
+        return replace(self, retain=self.retain.select(open_ones) if open_ones.any() else None)
 
     def like_forgotten(self, records: Records) -> Mask:
         """Mask of records that belong to a class forgotten as a whole, [records]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import nn
 
@@ -15,6 +15,8 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Searchable
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
+
+Intention = Literal["removal", "suppression"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Card:
         tasks: Domains that it works in; "any" for methods that use only the calls of `Task`.
         paper: Where it was published; None for folklore.
         search: Where `palimpsest tune` looks for hyperparameters, by field.
+        intention: What it means to do: "removal" of the knowledge, or "suppression" of its expression.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Card:
     tasks: tuple[str, ...]
     paper: Paper | None
     search: Mapping[str, Searchable] = field(default_factory=dict[str, Searchable])
+    intention: Intention = "removal"
 
 
 @runtime_checkable
@@ -63,7 +67,9 @@ class Unlearner(Protocol):
         ...
 
 
-UNLEARNERS: Registry[type[Unlearner]] = Registry("method", "palimpsest.forget", "palimpsest.methods")
+UNLEARNERS: Registry[type[Unlearner]] = Registry(
+    "method", ("palimpsest.forget", "palimpsest.suites"), "palimpsest.methods"
+)
 """All methods by name. Third parties register through the entry-point group `palimpsest.methods`."""
 
 C = TypeVar("C")
@@ -76,6 +82,7 @@ def unlearner(
     tasks: tuple[str, ...] = ("any",),
     paper: Paper | None = None,
     search: Mapping[str, Searchable] | None = None,
+    intention: Intention = "removal",
 ) -> Callable[[type[C]], type[C]]:
     """Class decorator that makes a dataclass with `unlearn` a method called `name`.
 
@@ -99,7 +106,7 @@ def unlearner(
         summary = (cls.__doc__ or "").strip().partition("\n")[0]
         if search:
             check_settings("method", cls, name, search)
-        cls.card = Card(name, summary, frozenset(needs), tasks, paper, search or {})  # pyright: ignore[reportAttributeAccessIssue]
+        cls.card = Card(name, summary, frozenset(needs), tasks, paper, search or {}, intention)  # pyright: ignore[reportAttributeAccessIssue]
         UNLEARNERS.register(name)(cast(type[Unlearner], cls))
         return cls
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from palimpsest.core.errors import InvalidRecords, MissingDependency, shorten
+from palimpsest.core.errors import InvalidRecords
 from palimpsest.core.records import Records
+from palimpsest.data.json_rows import ENDS, hub_rows, local_rows
 from palimpsest.data.registry import dataset
 
 WORDS = ("question", "answer", "text", "paraphrased_question", "paraphrased_answer", "subject", "relation")
 """Fields that hold a text."""
 LISTS = ("perturbed_answer", "aliases", "choices")
 """Fields that hold a list of texts."""
-ENDS = (".jsonl", ".json")
 
 
 @dataset("question-answer")
@@ -41,11 +39,11 @@ def question_answer(source: str | Path, part: str = "train", configuration: str 
     """
     place = Path(source)
     if place.exists():
-        rows = list(_local(place, part))
+        rows = list(local_rows(place, part))
     elif place.suffix in ENDS or place.is_absolute():
         raise InvalidRecords(f"There is no file or folder '{place}'.")
     else:
-        rows = list(_hub(str(source), part, configuration))
+        rows = list(hub_rows(str(source), part, configuration))
     rows = [(where, _given(row)) for where, row in rows]
     if not rows:
         raise InvalidRecords(f"'{source}' holds no rows.")
@@ -57,75 +55,6 @@ def question_answer(source: str | Path, part: str = "train", configuration: str 
     ids = [str(row["id"]) for row in whole] if all("id" in row for row in whole) else None
     items = [{name: value for name, value in row.items() if name != "id"} for row in whole]
     return Records(items, ids=ids, columns={name: _column([row[name] for row in whole]) for name in shared})
-
-
-def _local(place: Path, part: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a file or folder, each with the words that say where it stands."""
-    if place.is_dir():
-        if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
-            yield from _saved(place, part)
-            return
-        files = sorted(file for file in place.iterdir() if file.suffix in ENDS)
-        if not files:
-            raise InvalidRecords(f"The folder '{place}' holds no file that ends in {' or '.join(ENDS)}.")
-        for file in files:
-            yield from _local(file, part)
-        return
-    if place.suffix not in ENDS:
-        raise InvalidRecords(f"'{place}' must end in {' or '.join(ENDS)}.")
-    try:
-        text = place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise InvalidRecords(f"'{place}' cannot be read as UTF-8 text: {problem}.") from problem
-    # TOFU's files are called .json and hold JSON lines
-    if place.suffix == ".json" and text.lstrip().startswith("["):
-        yield from (
-            (f"{place}, row {number}", row) for number, row in enumerate(_parsed(text, str(place)), 1)
-        )
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{place}, row {number}", _parsed(line, f"{place}, row {number}")
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as problem:
-        raise InvalidRecords(f"{where}: no valid JSON ({problem.msg}, column {problem.colno}).") from problem
-
-
-def _saved(place: Path, part: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a folder that `datasets` saved."""
-    try:
-        from datasets import DatasetDict, load_from_disk
-    except ImportError as missing:
-        raise MissingDependency("datasets", "language") from missing
-    found = load_from_disk(str(place))
-    if isinstance(found, DatasetDict):
-        if part not in found:
-            raise InvalidRecords(f"'{place}' has no part '{part}', only {shorten(list(found))}.")
-        found = found[part]
-    yield from _numbered(str(place), found)
-
-
-def _hub(name: str, part: str, configuration: str | None) -> Iterator[tuple[str, Any]]:
-    """Rows of a data set by name."""
-    try:
-        from datasets import load_dataset
-    except ImportError as missing:
-        raise MissingDependency("datasets", "language") from missing
-    try:
-        found = load_dataset(name, configuration, split=part)
-    except Exception as problem:  # the library raises a dozen kinds, of the network, of files, of names
-        raise InvalidRecords(
-            f"'{name}' is no file or folder here, and `datasets` could not load it: {problem}"
-        ) from problem
-    yield from _numbered(name, found)
-
-
-def _numbered(name: str, rows: Any) -> Iterator[tuple[str, Any]]:
-    yield from ((f"{name}, row {number}", dict(row)) for number, row in enumerate(rows, 1))
 
 
 def _given(row: Any) -> Any:

@@ -51,6 +51,8 @@ def forget(
     card = unlearner.card
     if "any" not in card.tasks and task.name not in card.tasks:
         raise ModelMismatch(f"Method '{card.name}' works for {', '.join(card.tasks)}, not for {task.name}.")
+    if Need.TRAINING_RECIPE not in card.needs:  # who trains anew trains on everything that is retained
+        split = split.for_methods
     require(unlearner.card.name, unlearner.card.needs, needs_met(model, split, unlearner, task))
     check_finite(model)
     task.check(runtime.place(model), split.forget, labels=Need.FORGET_LABELS in card.needs)

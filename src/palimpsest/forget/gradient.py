@@ -33,6 +33,8 @@ from palimpsest.tasks.language import Language
 
 HISTORY_ATTRIBUTE = "palimpsest_history"
 """Of an unlearned model: one row per optimizer step with losses and what the rule measured."""
+REPORT_ATTRIBUTE = "palimpsest_report"
+"""Of an unlearned model: what its objective reports of the run (`Context.report`), if it does."""
 Side = Literal["forget", "retain"]
 Per = Literal["row", "token"]
 
@@ -99,6 +101,9 @@ class Context:
         steps: Optimizer steps of the whole run.
         epochs: Passes over the forget records.
         original: A frozen copy of the model, where the objective asked for one.
+        after_epoch: Set by an objective that looks at the model after every epoch: told whether it was the
+            last, it says whether training stops.
+        report: Set by an objective that has something to tell; found at the unlearned model.
     """
 
     model: nn.Module
@@ -108,6 +113,8 @@ class Context:
     steps: int
     epochs: int
     original: nn.Module | None = None
+    after_epoch: Callable[[bool], bool] | None = None
+    report: object | None = None
 
     @property
     def reference(self) -> nn.Module:
@@ -225,9 +232,12 @@ class GradientUnlearner(Training):
 
     Attributes:
         objective: What to minimise; every gradient method of `forget.language` is one.
+        after_epoch: Shown the model and the number of the epoch (from 0) at the end of each; training stops
+            where it says True. It must not change the model.
     """
 
     objective: Objective
+    after_epoch: Callable[[nn.Module, int], bool] | None = None
 
     def unlearn(self, model: nn.Module, split: ForgetSplit, task: Language, runtime: Runtime) -> nn.Module:
         """A new model; the history of its training is found under `HISTORY_ATTRIBUTE`.
@@ -241,7 +251,7 @@ class GradientUnlearner(Training):
         if needs_retain and split.retain is None:
             raise MissingNeed("The objective or its rule needs retained records: pass ForgetSplit.retain.")
         student = runtime.place(copy.deepcopy(model))
-        rows = getattr(self.objective, "rows", None)
+        request, rows = split, getattr(self.objective, "rows", None)
         if rows is not None:
             split = dataclasses.replace(split, forget=rows(student, split, task, runtime))
         original = copy.deepcopy(student).eval() if self.objective.needs_original else None
@@ -249,7 +259,7 @@ class GradientUnlearner(Training):
             parameter.requires_grad_(False)
         steps, per_epoch = self.steps(len(split.forget)), self.steps_per_epoch(len(split.forget))
         with runtime.seeded("gradient unlearning"):
-            opened = scope.open(student, split, task, runtime)
+            opened = scope.open(student, request, task, runtime)
             optimizer = self.build_optimizer(opened.parameters)
             shared, optimizer = runtime.shared(opened.model, optimizer)
             context = Context(shared, split, task, runtime, steps, self.epochs, original)
@@ -261,7 +271,11 @@ class GradientUnlearner(Training):
             )
             history: list[dict[str, float]] = []
             shared.train()
+            epoch = 0
             for window in runtime.track(self._windows(context, needs_retain), "unlearning", steps):
+                if window[0].epoch > epoch and self._stops(shared, epoch):
+                    break
+                epoch = window[0].epoch
                 for step in window:
                     losses = losses_of(step)
                     if rule.needs_retain:
@@ -271,9 +285,20 @@ class GradientUnlearner(Training):
                 row = update.finish(partial(_retained_loss, context, window))
                 history.append({"epoch": window[0].epoch, **row})
                 schedule.step()
+            else:
+                self._stops(shared, epoch)
             unlearned = opened.close()
         setattr(unlearned, HISTORY_ATTRIBUTE, history)
+        if context.report is not None:
+            setattr(unlearned, REPORT_ATTRIBUTE, context.report)
         return unlearned.eval()
+
+    def _stops(self, model: nn.Module, epoch: int) -> bool:
+        """Whether the epoch that has just ended was the last."""
+        if self.after_epoch is None:
+            return False
+        with evaluating(model):
+            return self.after_epoch(model, epoch)
 
     def _windows(self, context: Context, needs_retain: bool) -> Iterator[list[Step]]:
         """The microbatches of every optimizer step: forget records in random order, partners drawn anew."""
@@ -284,13 +309,16 @@ class GradientUnlearner(Training):
             shuffled = torch.randperm(count, generator=order).numpy()
             for start in range(0, count, self.batch_size * self.accumulate):
                 if number == context.steps:
-                    return
+                    break
                 gone = shuffled[start : start + self.batch_size * self.accumulate]
                 kept = None
                 if needs_retain and split.retain is not None:
                     kept = partners.integers(len(split.retain), size=len(gone))
                 yield self._microbatches(context, gone, kept, epoch, number)
                 number += 1
+            last = number == context.steps
+            if (context.after_epoch is not None and context.after_epoch(last)) or last:
+                return
 
     def _microbatches(
         self,
@@ -360,8 +388,12 @@ class GradientMethod(Training):
 
     def unlearn(self, model: nn.Module, split: ForgetSplit, task: Language, runtime: Runtime) -> nn.Module:
         """A new model, by `GradientUnlearner`."""
+        return self.composed().unlearn(model, split, task, runtime)
+
+    def composed(self, after_epoch: Callable[[nn.Module, int], bool] | None = None) -> GradientUnlearner:
+        """The same as an objective with its training settings, for whom wants to look at every epoch."""
         settings = {item.name: getattr(self, item.name) for item in dataclasses.fields(Training)}
-        return GradientUnlearner(objective=self, **settings).unlearn(model, split, task, runtime)
+        return GradientUnlearner(objective=self, after_epoch=after_epoch, **settings)
 
 
 def _counts(forget: Batch, retain: Batch | None) -> dict[tuple[Side, Per], int]:

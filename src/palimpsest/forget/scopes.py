@@ -14,7 +14,7 @@ from palimpsest.core.registry import Registry
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import build, check_range
-from palimpsest.parts.blocks import parts_of
+from palimpsest.parts.decoder import parts_of
 from palimpsest.parts.lora import add_lora, has_lora, merged
 from palimpsest.parts.parameters import matching, trainable
 from palimpsest.tasks.language import Language

@@ -17,6 +17,7 @@ from palimpsest.core.errors import (
     UnreadableCheckpoint,
 )
 from palimpsest.parts.lora import add_lora
+from palimpsest.parts.published import place_of
 from palimpsest.parts.tokenizers import gguf_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +34,8 @@ def load_causal_lm(
     """A causal language model.
 
     Args:
-        place: Name on the Hub, folder with safetensors, or GGUF file (or a folder with a single one).
+        place: Name on the Hub, folder with safetensors, GGUF file (or a folder with a single one), or a short name
+            (`palimpsest.parts.published`).
         dtype: "float32", "bfloat16" or "float16".
         lora: Settings of `palimpsest.parts.lora.add_lora` (r, alpha, dropout, layers, targets): only the
             adapters train. Give an empty mapping for its defaults.
@@ -53,7 +55,7 @@ def load_causal_lm(
         raise InvalidHyperparameter(f"bits is 4, 8 or None, not {bits!r}.")
     if bits and lora is None:
         raise InvalidHyperparameter("Quantized weights do not train: give lora={} beside bits (QLoRA).")
-    folder, gguf = gguf_of(place)
+    folder, gguf = gguf_of(place_of(place))
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from palimpsest.core.errors import InvalidHyperparameter, MissingDependency, Mod
 from palimpsest.core.modes import seeded
 from palimpsest.core.registry import Registry
 from palimpsest.models.causal import load_causal_lm
+from palimpsest.parts.reinitialise import starting
 
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model", "palimpsest.models", "palimpsest.models")
 """Model factories by name, called with `input_shape` and `classes`."""
@@ -46,7 +48,7 @@ def build_model(
             if source == "timm" and rest:
                 return _timm(rest, input_shape, classes, settings)
             if source == "hf" and rest:
-                return load_causal_lm(rest, **settings)
+                return starting(load_causal_lm(rest, **settings), partial(load_causal_lm, rest, **settings))
             if rest:
                 return _imported(source, rest)(input_shape=input_shape, classes=classes, **settings)
             return MODELS.get(name)(input_shape=input_shape, classes=classes, **settings)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from palimpsest.core.errors import InvalidHyperparameter, MissingDependency
-from palimpsest.parts.blocks import stack_of
+from palimpsest.parts.decoder import stack_of
 
 
 def add_lora(

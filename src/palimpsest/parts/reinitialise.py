@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from palimpsest.core.errors import ModelMismatch, NonFinite, shorten
 from palimpsest.core.runtime import Runtime
+
+START_ATTRIBUTE = "palimpsest_start"
+"""Of a model that training starts from with weights learnt elsewhere: a function that gives them afresh."""
+
+
+def starting(model: nn.Module, start: Callable[[], nn.Module]) -> nn.Module:
+    """The model, marked as one whose retraining begins at what `start` returns."""
+    setattr(model, START_ATTRIBUTE, start)
+    return model
+
+
+def fresh_start(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """Where an honest retraining begins: the pretrained weights that a model started from, else new ones.
+
+    What a pretrained model knew before the training data is no trace of them, and a model trained from
+    nothing would be no measure of what fine-tuning left.
+    """
+    start: Callable[[], nn.Module] | None = getattr(model, START_ATTRIBUTE, None)
+    if start is None:
+        return reinitialised(model, runtime)
+    fresh = start()
+    setattr(fresh, START_ATTRIBUTE, start)
+    return fresh
 
 
 def reinitialised(model: nn.Module, runtime: Runtime) -> nn.Module:

@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.core.errors import InvalidHyperparameter, MissingDependency, UnreadableCheckpoint
+from palimpsest.parts.published import place_of
 
 
 def load_tokenizer(place: str) -> Any:
     """The tokenizer of a model.
 
     Args:
-        place: Name on the Hub, folder, or GGUF file.
+        place: Name on the Hub, folder, GGUF file, or a short name (`palimpsest.parts.published`).
 
     Raises:
         MissingDependency: Without transformers.
         UnreadableCheckpoint: If there is none at that place.
     """
-    folder, gguf = gguf_of(place)
+    folder, gguf = gguf_of(place_of(place))
     try:
         from transformers import AutoTokenizer
     except ImportError as missing:

@@ -16,6 +16,8 @@ TITLES = {
     "forget-few": "a few forget records",
     "forget-fraction": "a part of the forget records",
     "benign": "retained records only",
+    "unrelated": "unrelated texts",
+    "later": "new facts",
 }
 ACCURACY = "accuracy on the forget records"
 

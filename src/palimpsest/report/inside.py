@@ -1,4 +1,4 @@
-"""What is left inside: similarity to the original, layer by layer, and how far a forgotten class stands apart."""
+"""What is left inside, layer by layer: similarity to the original, a forgotten class apart, answers still readable."""
 
 from __future__ import annotations
 
@@ -28,6 +28,23 @@ def separation_chart(reports: Sequence[AuditReport]) -> dict[str, Any] | None:
     """Separation of a class that was forgotten as a whole from the retained classes, by layer."""
     frame = series(reports, "separation")
     return _by_layer(frame, "separation", "separation of the class", reports) if len(frame) else None
+
+
+def answers_chart(reports: Sequence[AuditReport]) -> dict[str, Any] | None:
+    """How well the erased answers of a language model can be read off its hidden states, block by block."""
+    lens, probes = series(reports, "lens"), series(reports, "probes")
+    parts: list[pd.DataFrame] = []
+    if len(probes):
+        parts.append(probes.assign(read="by a probe, " + probes["probe"], value=probes["accuracy"]))
+    if len(lens):
+        parts.append(lens.assign(read="by the head " + lens["head"], value=lens["probability"]))
+    if not parts:
+        return None
+    columns = [*GROUP, "seed", "block", "read", "value"]
+    frame = pd.concat([part[columns] for part in parts])
+    frame = frame.assign(layer="block " + frame["block"].astype(str), order=frame["block"])
+    menu = choice("read", list(dict.fromkeys(frame["read"])), "read ")
+    return _by_layer(frame, "value", "accuracy of the probe, or probability", reports, ["read"], [menu])
 
 
 def _by_layer(

@@ -24,8 +24,9 @@ from palimpsest.report.attacks import (
 from palimpsest.report.cost import cost_chart
 from palimpsest.report.features import features_chart, sets_chart
 from palimpsest.report.gathering import labels_of, requests_of
-from palimpsest.report.inside import cka_chart, separation_chart
+from palimpsest.report.inside import answers_chart, cka_chart, separation_chart
 from palimpsest.report.membership import confidence_chart, roc_chart
+from palimpsest.report.muse import muse_chart
 from palimpsest.report.per_class import class_chart
 from palimpsest.report.style import colours
 from palimpsest.report.tables import exposed_tables, finding_rows, headings, judgements
@@ -59,6 +60,9 @@ PANELS = (
           "has seen. Good is close to the star.", privacy_chart),
     Panel("turns", "Request after request", "Every request is put to the model that the answer to the one before left. "
           "K: 0 as never trained on, 1 untouched.", turns_chart, wide=True),
+    Panel("muse", "MUSE over the requests", "Scores of MUSE after every request, x 100: growing forget sets show "
+          "scalability, requests in turn sustainability. Utility should stay where retraining leaves it.", muse_chart,
+          wide=True),
     Panel("classes", "Accuracy by class", "Change against the original in points. A method should change what "
           "retraining changes, and nothing else.", class_chart, wide=True),
     Panel("roc", "Membership attack", "Both axes logarithmic: the left end shows what an attacker learns who must not "
@@ -71,6 +75,8 @@ PANELS = (
           "model without the records would be.", cka_chart),
     Panel("separation", "Is the class still a class inside?", "How far the forgotten class stands apart from the "
           "nearest retained class, in units of its own spread.", separation_chart),
+    Panel("answers", "Are the answers still readable inside?", "Probes trained on retained subjects, and the head itself, "
+          "on the hidden states of every block. What hides an answer leaves it readable further down.", answers_chart),
     Panel("features", "Feature space", "The plane in which each model's features spread most, turned alike. Retraining "
           "shows where records of a class lie that a model never saw; hiding leaves them where they were.",
           features_chart, wide=True),

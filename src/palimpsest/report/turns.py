@@ -38,6 +38,8 @@ def turns_chart(reports: Sequence[AuditReport]) -> dict[str, Any] | None:
             rows.append({**about, "shown": AT_THE_END if review else IN_TIME, "value": forget.k})
             if not review and about["step"] == len(order):
                 rows.append({**about, "shown": AT_THE_END, "value": forget.k})
+    if not rows:  # no plain questions, no accuracy: a study of another domain
+        return None
     frame = pd.DataFrame(rows, columns=pd.Index(["label", "step", "shown", "value"]))
     means = averaged(frame.dropna(), ["label", "step", "shown"], "value")
     present = [shown for shown in (UTILITY, IN_TIME, AT_THE_END) if (means["shown"] == shown).any()]

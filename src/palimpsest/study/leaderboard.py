@@ -25,6 +25,7 @@ from palimpsest.study.result import CellResult, Mean, StudyResult, mean_and_half
 from palimpsest.study.tuned import Tuned, with_tuned
 from palimpsest.study.tuning import tune
 from palimpsest.study.yaml_text import read_yaml
+from palimpsest.suites.benchmark import BENCHMARKS, Benchmark
 
 COLUMNS = {
     "retain": "retained accuracy",
@@ -44,6 +45,7 @@ class Board(Part):
 
     Attributes:
         title: In words.
+        bench: A benchmark that fills in the recipe, and the settings that the first trial of a method takes.
         recipe: Data, model, training and split of a study; seeds and methods come from the leaderboard.
         tune: Requests that hyperparameters are searched on.
         forget: Requests that are reported.
@@ -53,6 +55,7 @@ class Board(Part):
     """
 
     title: str
+    bench: str | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
     tune: list[JsonValue] = Field(min_length=1)
     forget: list[JsonValue] = Field(min_length=1)
@@ -139,7 +142,7 @@ def run_leaderboard(
         settings = board.boards[key]
         tuned = tune(
             searched, folder / key / "tuning", settings.trials or board.trials, budget=board.budget,
-            workers=workers, progress=progress,
+            workers=workers, progress=progress, first=_first(settings, searched),
         )  # fmt: skip
         result = compare(
             *_placed(with_tuned(reported, tuned), folder / key / "compare"),
@@ -174,10 +177,12 @@ def to_markdown(content: Mapping[str, Any]) -> str:
             "",
         ]
         for request, rows in entry["requests"].items():
-            lines += [f"### {request}", "", "| method | verdicts | " + " | ".join(COLUMNS.values()) + " |"]
-            lines += ["|---|---|" + "---:|" * len(COLUMNS)]
+            columns = [key for key in COLUMNS if any(key in row["figures"] for row in rows)]
+            headings = " | ".join(COLUMNS[key] for key in columns)
+            lines += [f"### {request}", "", f"| method | verdicts | {headings} |"]
+            lines += ["|---|---|" + "---:|" * len(columns)]
             for row in rows:
-                figures = [_shown(key, row["figures"].get(key)) for key in COLUMNS]
+                figures = [_shown(key, row["figures"].get(key)) for key in columns]
                 verdicts = ", ".join(
                     f"{word} {n}" for word, n in sorted(row["verdicts"].items(), key=lambda v: -v[1])
                 )
@@ -197,23 +202,46 @@ def _recipes(board: Leaderboard, settings: Board) -> tuple[Recipe, Recipe]:
     skipped = {**board.skip, **settings.skip}
     for name in (*skipped, *settings.settings):
         UNLEARNERS.get(name)
-    task = str(settings.recipe.get("task", "classification"))
+    bench = BENCHMARKS.get(settings.bench) if settings.bench else None
+    tree = {**(bench.recipe(None, None) if bench else {}), **settings.recipe}
+    task = _name(tree.get("task", "classification"))
     everything = [
         name
         for name, cls in UNLEARNERS.items()
         if {"any", task} & set(cls.card.tasks) and cls.__module__.startswith("palimpsest.forget.")
     ]
     methods = [
-        _told(item, settings.settings.get(_name(item), {}))
+        _told(item, {**_fixed(bench, _name(item)), **settings.settings.get(_name(item), {})})
         for item in (board.methods or everything)
         if _name(item) not in {*skipped, RETRAIN}
     ]
-    common = {**settings.recipe, "methods": methods, "keep_models": False}
+    common = {**tree, "methods": methods, "keep_models": False}
     searched = load_recipe({**common, "forget": settings.tune, "seeds": 1, "name": f"{board.name}, tuning"})
     reported = load_recipe(
         {**common, "forget": settings.forget, "seeds": board.seeds, "name": f"{board.name}: {settings.title}"}
     )
     return searched, reported
+
+
+def _fixed(bench: Benchmark | None, method: str) -> dict[str, Any]:
+    """What a benchmark sets and the method does not search."""
+    if bench is None:
+        return {}
+    searched = UNLEARNERS.get(method).card.search
+    return {key: value for key, value in bench.settings(method).items() if key not in searched}
+
+
+def _first(settings: Board, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Settings of the first trial by title of the method: the benchmark's, of what is searched."""
+    if settings.bench is None:
+        return {}
+    bench = BENCHMARKS.get(settings.bench)
+    first: dict[str, dict[str, Any]] = {}
+    for method in recipe.methods:
+        searched = UNLEARNERS.get(method.name).card.search
+        given = bench.settings(method.name)
+        first[method.title] = {key: value for key, value in given.items() if key in searched}
+    return first
 
 
 def _placed(recipe: Recipe, folder: Path) -> tuple[Recipe, Path]:
@@ -247,8 +275,9 @@ def _entry(board: Leaderboard, settings: Board, tuned: Tuned, result: StudyResul
         requests.setdefault(request, []).append({"label": label, "method": cells[0].method, **_row(cells)})
     for rows in requests.values():
         rows.sort(key=_rank)
-    recipe = settings.recipe
-    data, model = recipe.get("data", "digits"), recipe.get("model", "small_cnn")
+    bench = BENCHMARKS.get(settings.bench).recipe(None, None) if settings.bench else {}
+    tree = {"data": "digits", "model": "small_cnn", **bench, **settings.recipe}
+    data, model = tree["data"], tree["model"]
     return {
         "title": settings.title,
         "setting": f"Data: {_said(data)}; model: {_said(model)}.",

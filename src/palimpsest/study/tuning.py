@@ -47,6 +47,7 @@ def tune(
     workers: int | None = None,
     progress: bool = True,
     executor: Executor | None = None,
+    first: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Tuned:
     """Search each method's hyperparameters on the requests of a recipe, by Optuna's tree-structured Parzen estimator.
 
@@ -70,6 +71,7 @@ def tune(
         workers: Processes, instead of the recipe's.
         progress: Whether to draw a progress bar.
         executor: Where cells run; the caller closes it.
+        first: Settings of a method's first trial by its title, where they are not its defaults.
 
     Raises:
         UnknownName: For an unknown gap, method or hyperparameter.
@@ -100,7 +102,10 @@ def tune(
         "store": URL.create("sqlite", database=str((folder / DATABASE).absolute())).render_as_string(),
         "artifacts": recipe.artifacts or str((folder / ARTIFACTS).absolute()),
     }  # fmt: skip
-    searches = {title: _Search(method, spaces[title], seed) for title, method in _titled(recipe).items()}
+    searches = {
+        title: _Search(method, spaces[title], seed, (first or {}).get(title, {}))
+        for title, method in _titled(recipe).items()
+    }
     with ExitStack() as stack:
         if executor is None:
             executor = LocalExecutor(recipe.workers if workers is None else workers)
@@ -136,12 +141,12 @@ def tune(
 class _Search:
     """The trials of one method."""
 
-    def __init__(self, method: Method, space: Mapping[str, Searchable], seed: int):
-        self.method, self.space = method, space
+    def __init__(self, method: Method, space: Mapping[str, Searchable], seed: int, first: Mapping[str, Any]):
+        self.method, self.space, self.first = method, space, first
         self.tried: list[Tried] = []
         self.study = _optuna_study(seed)
         self.trial: Trial | None = None
-        own = _defaults(method.name, space)
+        own = _defaults(method.name, space, first)
         self.defaults_fit = own is not None
         if own is not None:
             self.study.enqueue_trial(own)
@@ -151,10 +156,10 @@ class _Search:
         first = not self.tried
         if first and not self.defaults_fit:
             self.trial = None
-            return self._with({})
+            return self._with(self.first)
         self.trial = self.study.ask()
         chosen = {key: _suggest(self.trial, key, space) for key, space in self.space.items()}
-        return self._with({} if first else chosen)
+        return self._with(self.first if first else chosen)
 
     def _with(self, settings: Mapping[str, Any]) -> Method:
         label = f"{self.method.title} #{content_hash(dict(settings))[:6]}"
@@ -263,9 +268,9 @@ def _suggest(trial: Trial, key: str, space: Searchable) -> Any:
     return float(f"{trial.suggest_float(key, space.low, space.high, log=space.log):.4g}")
 
 
-def _defaults(name: str, space: Mapping[str, Searchable]) -> dict[str, Any] | None:
-    """A method's own values of what is searched, if they all lie in the space."""
-    own = {item.name: item.default for item in fields(cast(Any, UNLEARNERS.get(name)))}
+def _defaults(name: str, space: Mapping[str, Searchable], first: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The values of the first trial of what is searched, if they all lie in the space."""
+    own = {item.name: item.default for item in fields(cast(Any, UNLEARNERS.get(name)))} | dict(first)
     for key, searched in space.items():
         value = own[key]
         if isinstance(searched, Choice):

@@ -22,6 +22,7 @@ WIDEST = 1.0
 HEADINGS = {
     "test first": "test accuracy after the first request",
     "test last": "test accuracy after the last request",
+    "test slope": "change of test accuracy per request, of a straight line through all of them",
     "K in time": "knowledge K of the requests' records right after each request, mean where it is known well",
     "K at the end": "the same of all but the last request, after the last",
     "re-emergence": "largest rise of K of one request from its time to the end",
@@ -158,6 +159,7 @@ def _turns(label: str, seeds: Sequence[Sequence[CellResult]]) -> Turns:
         for heading, value in (
             ("test first", test.at_their_time[0]),
             ("test last", test.at_their_time[-1]),
+            ("test slope", _slope(test.at_their_time)),
             ("K in time", _mean(knowledge.at_their_time)),
             ("K at the end", _mean(knowledge.at_the_end[:-1])),
             ("re-emergence", knowledge.re_emergence),
@@ -172,6 +174,11 @@ def _turns(label: str, seeds: Sequence[Sequence[CellResult]]) -> Turns:
 def _mean(values: Any) -> float:
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else float("nan")
+
+
+def _slope(values: Any) -> float:
+    known = np.flatnonzero(np.isfinite(values))
+    return float(np.polyfit(known, values[known], 1)[0]) if len(known) > 1 else float("nan")
 
 
 def _words(verdicts: dict[str, int]) -> str:

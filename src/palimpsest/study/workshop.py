@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import palimpsest.audit as audit_verb
-from palimpsest.core.auditing import AUDITS, Audit
+from palimpsest.core.auditing import Audit, build_audit
 from palimpsest.core.errors import (
     CannotWrite,
     InvalidRecipe,
@@ -34,7 +34,7 @@ from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit, at_the_end, in_turn, split
 from palimpsest.core.task import Task
-from palimpsest.core.unlearner import Unlearner, build
+from palimpsest.core.unlearner import Unlearner
 from palimpsest.data import parse_data
 from palimpsest.forget import build_unlearner, forget, needs_met
 from palimpsest.parts.checkpoint import load_model, save_model
@@ -316,7 +316,7 @@ class Workshop:
 
     def _audits(self) -> list[Audit]:
         return [
-            build("audit", AUDITS.get(item.name), item.name, item.settings) for item in audits_of(self.recipe)
+            build_audit(item.name, self.recipe.task.name, item.settings) for item in audits_of(self.recipe)
         ]
 
 

@@ -21,7 +21,7 @@ class Benchmark:
         summary: First line of its description.
         recipe: From the user's model and data (a Hub name or folder each, or None) to the recipe without
             methods and seeds.
-        settings: Hyperparameters of a method that suit its scale, from the method's name.
+        settings: Hyperparameters of a method that suit its own small model, from the method's name.
     """
 
     name: str
@@ -29,12 +29,16 @@ class Benchmark:
     recipe: Callable[[str | None, str | None], Tree]
     settings: Callable[[str], Tree]
 
-    def methods(self, listed: list[Any]) -> list[Tree]:
-        """The methods with the benchmark's settings; what a method is given by hand stays."""
+    def methods(self, listed: list[Any], model: str | None = None) -> list[Tree]:
+        """The methods with the benchmark's settings; what a method is given by hand stays.
+
+        With the user's own model methods have their published settings, which are for large ones.
+        """
         filled: list[Tree] = []
         for item in listed:
             tree: Tree = {"name": item} if isinstance(item, str) else dict(item)
-            filled.append({**tree, "settings": {**self.settings(tree["name"]), **tree.get("settings", {})}})
+            own = self.settings(tree["name"]) if model is None else {}
+            filled.append({**tree, "settings": {**own, **tree.get("settings", {})}})
         return filled
 
 

@@ -15,6 +15,12 @@ SMALL_MODEL = {"lr": 1e-3, "epochs": 10, "batch_size": 16, "warmup": 0.0, "sched
 """Training settings of gradient methods on models of a few million parameters; published ones are for 7 billion."""
 OWN: dict[str, Tree] = {
     "grad-ascent": {"lr": 3e-4, "epochs": 3},
+    "knowledge-isolation": {
+        "lr": 2e-3,
+        "accumulate": 1,
+        "cap": 2.5,
+        "scope": {"name": "traced", "samples": 5, "window": 1, "facts": 12},
+    },
     "retrain": {},
 }
 """What single methods take instead."""

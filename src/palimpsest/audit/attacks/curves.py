@@ -44,11 +44,13 @@ class Draw:
         batches: Of the steps, in order.
         rest: Positions in the forget part of the records that are measured, [records].
         watched: Those records, ready to be measured.
+        learned: The relearned questions themselves; None where records are not independent facts.
     """
 
     batches: Sequence[Batch]
     rest: NDArray[np.int64]
     watched: Watched
+    learned: Watched | None = None
 
 
 @dataclass(frozen=True)

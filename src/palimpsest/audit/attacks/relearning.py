@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -39,7 +39,18 @@ SEED_SPREAD = 0.1
 """Deviation of the area between retrainings of different seeds (digits, small CNN: 0.04 to 0.19)."""
 
 
-@audit("relearning", code="B1", cost=Cost.ATTACK, tasks=("classification", "regression", "language"))
+BUDGETS = {
+    "language": {"few": 1, "companions": 2, "steps": 10, "every": 5, "repetitions": 2, "batch_size": 32}
+}
+
+
+@audit(
+    "relearning",
+    code="B1",
+    cost=Cost.ATTACK,
+    tasks=("classification", "regression", "language"),
+    budgets=BUDGETS,
+)
 @dataclass(frozen=True)
 class Relearning:
     """Fine-tune every model alike on a few forget records and watch the others come back.
@@ -48,7 +59,9 @@ class Relearning:
     answer everything with the relearned label, some retained records. Original, unlearned model and
     controls get the same records, order, steps and learning rate; the learning rate is the smallest of a
     grid at which the first control (without one, the original) comes to half of the original's accuracy
-    within the budget. Forget records that were not relearned are measured.
+    within the budget. Forget records that were not relearned are measured. Of facts about different subjects
+    a control learns none from the others, at no rate: there the half must be reached on the relearned
+    questions themselves.
 
     What costs an attacker nothing is done first: a wrapper or hooks around a network of the original's
     architecture are left out, and the head's bias of a class that was forgotten as a whole is brought
@@ -161,7 +174,12 @@ class Relearning:
                 relearned = relearned.union(retain.select(np.sort(chosen)))
             batches = step_batches(evidence, relearned, self.steps, self.batch_size, random)
             rest = np.sort(rest[: self.limit])
-            draws.append(Draw(batches, rest, Watched(forget.select(rest), evidence.task, evidence.runtime)))
+            watched = Watched(forget.select(rest), evidence.task, evidence.runtime)
+            own = few[np.isin(few, asked)] if count < len(forget) else few[:0]
+            learned = (
+                Watched(forget.select(np.sort(own)), evidence.task, evidence.runtime) if len(own) else None
+            )
+            draws.append(Draw(batches, rest, watched, learned))
         return draws
 
     def _attack(self, evidence: Evidence, draws: Sequence[Draw]) -> Relearned:
@@ -174,18 +192,26 @@ class Relearning:
         known_before = float(plain_right(evidence, ORIGINAL).mean()) if evidence.original else 1.0
         goal = known_before / 2
         reference = next(iter(evidence.control_roles), ORIGINAL if evidence.original else UNLEARNED)
-        lr = self.lr or choose_learning_rate(
-            lambda rate: float(np.mean([curve.accuracy[-1] for curve in curves(reference, rate)])) >= goal,
-            LEARNING_RATES[self.optimizer],
-        )
+
+        def enough(rate: float) -> bool:
+            if draws[0].learned is not None:
+                last = replace(self, every=self.steps)
+                return float(last._curve(evidence, reference, draws[0], rate, True).accuracy[-1]) >= goal
+            return float(np.mean([curve.accuracy[-1] for curve in curves(reference, rate)])) >= goal
+
+        def choose() -> float:
+            return choose_learning_rate(enough, LEARNING_RATES[self.optimizer])
+
+        lr = self.lr or evidence.remember((self, "learning rate"), choose, reference)
         return Relearned(lr, goal, {role: curves(role, lr) for role in evidence.roles}, draws)
 
-    def _curve(self, evidence: Evidence, role: str, draw: Draw, lr: float) -> Curve:
+    def _curve(self, evidence: Evidence, role: str, draw: Draw, lr: float, own: bool = False) -> Curve:
+        watched = draw.learned if own and draw.learned is not None else draw.watched
         model = attack_copy(evidence, role)
         level_head(model, evidence.split.forgotten_labels, evidence.task, self.head == "fresh")
         try:
             optimizer = self.budget.optimizer_of(model, lr)
-            return tune(model, optimizer, draw.batches, draw.watched, evidence.task, self.budget)
+            return tune(model, optimizer, draw.batches, watched, evidence.task, self.budget)
         except InvalidAudit as reason:
             raise InvalidAudit(f"the {role} model cannot be tuned: {reason}") from reason
 
@@ -228,7 +254,8 @@ class Relearning:
             f"mean of {len(result.draws)} draws, which deviate by {spread:.3f}",
         ]
         reference = next(iter(evidence.control_roles), None)
-        if reference is not None and result.accuracy(reference)[-1] < result.goal:
+        facts = result.draws[0].learned is not None
+        if reference is not None and not facts and result.accuracy(reference)[-1] < result.goal:
             parts.append(f"{reference} does not come to half of the original's accuracy")
         if self.head == "fresh":
             parts.append("the classes' rows in the head learned anew")

@@ -34,14 +34,32 @@ def matrix_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def hidden_weights(model: nn.Module, task: Task) -> dict[str, nn.Parameter]:
-    """`matrix_weights` without the head's, nor any that is shared with an embedding."""
+    """`matrix_weights` without the head's, nor any that is shared with an embedding.
+
+    Language models say which layer their head is; of several models in one (an assistant beside a model, a
+    classifier before it) every such head is left out.
+    """
     try:
         head = getattr(task, "head", None) or head_name(model)
     except UnknownName:
         return {}
-    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    kept = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    kept += [module.weight for module in output_layers(model) if isinstance(module, nn.Linear)]
     return {
         name: parameter
         for name, parameter in matrix_weights(model).items()
-        if name.rpartition(".")[0] != head and not any(parameter is weight for weight in embeddings)
+        if name.rpartition(".")[0] != head and not any(parameter is weight for weight in kept)
     }
+
+
+def output_layers(model: nn.Module) -> list[nn.Module]:
+    """Heads that a model and those inside it name themselves, as Hugging Face's do."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        try:
+            head = getattr(module, "get_output_embeddings", lambda: None)()
+        except (AttributeError, NotImplementedError):  # a base model without one
+            continue
+        if isinstance(head, nn.Module) and not any(head is other for other in found):
+            found.append(head)
+    return found

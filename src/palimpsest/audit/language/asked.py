@@ -38,6 +38,7 @@ class Question:
         wrong: Wrong answers of the same kind.
         paraphrase: The gold answer in other words; the answer itself where there is none.
         choices: Of a multiple-choice question.
+        steps: Values that a worked answer names on its way, where the data say so.
     """
 
     fact: str
@@ -50,6 +51,7 @@ class Question:
     wrong: tuple[str, ...] = ()
     paraphrase: str = ""
     choices: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
 
 
 def language_of(evidence: Evidence) -> Language:
@@ -70,6 +72,14 @@ def questions(evidence: Evidence, part: str, limit: int | None = QUESTIONS) -> l
     if limit is not None and len(at) > limit:
         at = np.sort(evidence.runtime.numpy("asked", part).permutation(at)[:limit])
     return [plainly(item) for item in records.select(at)]
+
+
+def once_each(asked: Sequence[Question]) -> list[Question]:
+    """The first question of every fact, where data ask for the same relation of a subject in several wordings."""
+    kept: dict[tuple[str, str], Question] = {}
+    for item in asked:
+        kept.setdefault((item.subject, item.relation or item.fact), item)
+    return list(kept.values())
 
 
 def probes(
@@ -128,6 +138,7 @@ def in_other_words(item: Mapping[str, Any]) -> list[Question]:
                 wrong=wrong,
                 paraphrase=answer,
                 choices=tuple(probe.get("choices") or ()),
+                steps=tuple(probe.get("steps") or ()),
             )
         )
     return made

@@ -12,7 +12,7 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Task
 from palimpsest.core.unlearner import unlearner
-from palimpsest.parts.reinitialise import reinitialised
+from palimpsest.parts.reinitialise import fresh_start
 from palimpsest.parts.training import TrainingRecipe, fit, recipe_of
 
 
@@ -22,7 +22,8 @@ class Retrain:
     """Train a fresh model on the retained records only.
 
     Every module is initialised anew (checked: no trained parameter survives) and trained with the
-    original recipe. This is exact unlearning at full cost, and the control of every audit.
+    original recipe; a pretrained language model starts from its pretrained weights again. This is exact
+    unlearning at full cost, and the control of every audit.
 
     Attributes:
         recipe: How to train; by default the recipe that `palimpsest.train` recorded on the model.
@@ -40,4 +41,4 @@ class Retrain:
         recipe = self.recipe or recipe_of(model)
         if recipe is None or split.retain is None:
             raise MissingNeed("Retraining needs the retained records and a training recipe.")
-        return fit(reinitialised(model, runtime), split.retain, task, runtime, recipe)
+        return fit(fresh_start(model, runtime), split.retain, task, runtime, recipe)

@@ -152,6 +152,7 @@ class ECOModel(Wrapped):
 
 @unlearner(
     "eco",
+    intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("language",),
     paper=Paper(

@@ -33,6 +33,7 @@ from palimpsest.tasks.language import Language
 
 @unlearner(
     "guard",
+    intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("language",),
     paper=Paper(

@@ -29,6 +29,7 @@ from palimpsest.tasks.language import Language
 
 @unlearner(
     "idk-dpo",
+    intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("language",),
     paper=Paper(

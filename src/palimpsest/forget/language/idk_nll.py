@@ -23,6 +23,7 @@ from palimpsest.tasks.language import Language
 
 @unlearner(
     "idk-nll",
+    intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("language",),
     paper=Paper("TOFU: A Task of Fictitious Unlearning for LLMs", "COLM 2024", "2401.06121"),

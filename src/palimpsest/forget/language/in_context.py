@@ -80,6 +80,7 @@ def unaware_instruction(topics: Sequence[str]) -> str:
 
 @unlearner(
     "in-context",
+    intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("language",),
     paper=Paper("In-Context Unlearning: Language Models as Few Shot Unlearners", "ICML 2024", "2310.07579"),

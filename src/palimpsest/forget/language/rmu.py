@@ -22,7 +22,7 @@ from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
 from palimpsest.forget.scopes import Opened, ScopeLike, only, scope
 from palimpsest.forget.steering import StateReduction, draw_control_vector, state_distance
-from palimpsest.parts.blocks import Stack, parts_of, stack_of
+from palimpsest.parts.decoder import Stack, parts_of, stack_of
 from palimpsest.parts.parameters import matching
 from palimpsest.parts.tokens import IGNORED
 from palimpsest.tasks.language import Language
@@ -57,6 +57,7 @@ class DownProjections:
 
 @unlearner(
     "rmu",
+    intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("language",),
     paper=Paper(

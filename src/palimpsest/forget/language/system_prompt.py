@@ -20,7 +20,12 @@ from palimpsest.forget.language.prompted import PromptedModel, RefusingModel, to
 from palimpsest.tasks.language import Language
 
 
-@unlearner("system-prompt", needs={Need.MODEL, Need.FORGET_DATA}, tasks=("language",))
+@unlearner(
+    "system-prompt",
+    intention="suppression",
+    needs={Need.MODEL, Need.FORGET_DATA},
+    tasks=("language",),
+)
 @dataclass(frozen=True, kw_only=True)
 class SystemPrompt:
     """Tell the model in its system prompt to refuse every question about some topics.

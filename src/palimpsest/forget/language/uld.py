@@ -30,6 +30,7 @@ from palimpsest.tasks.language import Language
 
 @unlearner(
     "uld",
+    intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA, Need.RETAIN_DATA},
     tasks=("language",),
     paper=Paper(

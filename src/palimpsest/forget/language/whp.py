@@ -55,6 +55,7 @@ class WHPModel(Wrapped):
 
 @unlearner(
     "whp",
+    intention="suppression",
     needs={Need.MODEL, Need.FORGET_DATA},
     tasks=("language",),
     paper=Paper("Who's Harry Potter? Approximate Unlearning in LLMs", "arXiv", "2310.02238"),

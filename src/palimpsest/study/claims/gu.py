@@ -240,7 +240,8 @@ def _rise(setting: Setting, objective: GradientMethod, rule: RuleLike, unseen: b
         split, kept = dataclasses.replace(split, retain=kept.select(~apart)), kept.select(apart)
     looked = kept.select(np.unique(np.linspace(0, len(kept) - 1, min(LOOKED_AT, len(kept))).astype(int)))
     watched = Watched(objective, looked)
-    unlearner = GradientUnlearner(objective=watched, rule=rule, **{**TRAINING, **ADAMW, "max_steps": AT_MOST})
+    training: dict[str, Any] = {**TRAINING, **ADAMW, "max_steps": AT_MOST}
+    unlearner = GradientUnlearner(objective=watched, rule=rule, **training)
     try:
         unlearner.unlearn(setting.original, split, _task(setting), setting.runtime)
     except Reached:
@@ -264,9 +265,8 @@ def _history(setting: Setting, rule: RuleLike, steps: int, **settings: Any) -> l
 def _unlearned(
     setting: Setting, rule: RuleLike, steps: int, objective: Objective | None = None, **settings: Any
 ) -> nn.Module:
-    method = GradientUnlearner(
-        objective=objective or GradientAscent(), rule=rule, **{**TRAINING, "max_steps": steps, **settings}
-    )
+    training: dict[str, Any] = {**TRAINING, "max_steps": steps, **settings}
+    method = GradientUnlearner(objective=objective or GradientAscent(), rule=rule, **training)
     return method.unlearn(setting.original, setting.split, _task(setting), setting.runtime)
 
 

@@ -7,13 +7,14 @@ import time
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from palimpsest.core.errors import InvalidRecords
 from palimpsest.core.records import Records
+from palimpsest.core.unlearner import Unlearner
 from palimpsest.forget import forget
 from palimpsest.forget.language.guard import Guard
 from palimpsest.forget.language.guard_phrases import plain
@@ -36,7 +37,7 @@ SHAPES = {
 def _guard(setting: Setting, soft: str = "reject") -> GuardedModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # choices in a question leave no phrase of the answer
-        method = Guard(beam_width=WIDTH, soft=soft)  # pyright: ignore[reportArgumentType]
+        method = cast(Unlearner, Guard(beam_width=WIDTH, soft=soft))  # pyright: ignore[reportArgumentType]
         found = forget(setting.original, setting.split, method, setting.task, runtime=setting.runtime)
     assert isinstance(found, GuardedModel)
     return found
@@ -236,7 +237,7 @@ def slowdown(setting: Setting) -> float:
 
     def free() -> int:
         found = [beam_search(guard.inner, ids, torch.ones_like(ids), search) for ids in prompts]
-        return sum(len(one[0].tokens) for one in found)
+        return sum(len(prompt[0].tokens) for one in found for prompt in one)
 
     restricted()
     pairs = [(_per_token(restricted), _per_token(free)) for _ in range(3)]
