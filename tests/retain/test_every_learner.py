@@ -13,7 +13,7 @@ from palimpsest.retain.evaluation import SECRET
 from palimpsest.retain.state import load_state, save_state
 
 TRAINING = Training(epochs=2, lr=0.05, batch_size=16)
-SMALL = {"memory": 30, "size": 30}
+SMALL = {"memory": 30, "size": 30, "vector_lr": 0.5}
 """Settings that many learners have, made small for these tests."""
 CHAINS = {"sharp"}
 """Learners that rewire the network: they need a chain of layers without batch norm."""

@@ -6,16 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palimpsest.core.errors import InvalidAudit
+from palimpsest.core.matrix import ScoreMatrix
 from palimpsest.retain.metrics import (
     History,
     accuracy_interval,
     average_accuracy,
+    drop_from_best,
     largest_drop,
     largest_rise,
     learning_curve_area,
     minimum_accuracies,
     minimum_accuracy,
+    positive_backward_transfer,
     summary,
+    upper_mean,
     windowed,
     windowed_forgetting,
     windowed_plasticity,
@@ -114,3 +118,12 @@ def test_bad_histories_and_windows_are_refused():
         windowed(TWO, 1)
     with pytest.raises(InvalidAudit, match="at least 1"):
         learning_curve_area(TWO, 0)
+
+
+def test_measures_of_the_whole_matrix_that_online_papers_report():
+    matrix = ScoreMatrix(np.array([[0.9, 0.1, 0.0], [0.6, 0.8, 0.2], [0.7, 0.9, 0.5]]))
+    assert drop_from_best(matrix) == pytest.approx((0.9 - 0.7 + 0.9 - 0.9 + 0.5 - 0.5) / 3)
+    assert upper_mean(matrix) == pytest.approx((0.1 + 0.0 + 0.2) / 3)
+    assert positive_backward_transfer(matrix) == 0  # (-0.3 - 0.2 + 0.1) / 3
+    risen = ScoreMatrix(np.array([[0.5, 0.0], [0.8, 0.5]]))
+    assert positive_backward_transfer(risen) == pytest.approx(0.3)

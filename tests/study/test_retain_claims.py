@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.core.errors import InvalidRecipe
+from palimpsest.study.claims.learned import LEARNED
 from palimpsest.study.replication import load_replication
 from palimpsest.study.retain import RetainCell, RetainResult, load_retain_recipe
 from palimpsest.study.retain.figures import RetainStudied, figure_of
@@ -32,7 +33,7 @@ def cell(label="er", stream="one", seed=0, accuracy=0.8):
 
 def test_figures_of_a_cell_are_read_off_its_matrix_and_its_curve():
     found = {
-        "accuracy": 0.8, "newest": 0.7, "first": 0.5, "records": 30, "start:1": 0.4, "start:1-2": 0.25,
+        "accuracy": 0.8, "newest": 0.7, "first": 0.5, "earlier": 0.5, "newest minus earlier": 0.2, "records": 30, "start:1": 0.4, "start:1-2": 0.25,
         "start:2 minus start:1": -0.3, "lowest:1:1": 0.6, "lowest:1:2": 0.2, "lowest:1:30": 0.1,
         "accuracy-over-minimum": 0.7, "accuracy-over-worst-case": 0.5, "hidden-by-task-ends": 0.4,
     }  # fmt: skip
@@ -76,3 +77,37 @@ def test_the_replications_can_be_read_and_their_claims_name_what_is_there(slug):
             places = condition.metric.partition("@")[2]
             named = [part.partition(" of ")[0] for part in places.split(" vs ")] if places else []
             assert set(named) <= set(recipe.streams), condition.metric
+
+
+def test_a_measurement_learns_the_stream_again_and_is_made_once(monkeypatch):
+    recipe = load_retain_recipe(
+        {
+            "streams": ["class:2,2,6"],
+            "methods": [{"label": "er", "name": "er", "settings": {"memory": 20}}],
+            "model": {"name": "mlp", "settings": {"width": 8}},
+            "training": {"batch_size": 64},
+        }
+    )
+    made, taken = RetainStudied(RetainResult("study", Path(), (cell("er", "class:2,2,6"),)), recipe), []
+
+    def steps(learned):
+        taken.append(learned)
+        assert learned.fresh.done == 0
+        return float(learned.finished.done)
+
+    monkeypatch.setitem(LEARNED._entries, "test.steps", steps)
+    figure = made.units()["class:2,2,6", 0]
+    assert figure("er", "measure:test.steps") == figure("er", "measure:test.steps") == 3
+    assert figure("er", "measure:test.steps@class:2,2,6") == 3 and len(taken) == 1
+    with pytest.raises(InvalidRecipe, match="need the recipe"):
+        RetainStudied(made.result).units()["class:2,2,6", 0]("er", "measure:test.steps")
+
+
+@pytest.mark.parametrize("slug", ["uer", "hpcr", "prd", "napa-vq"])
+def test_claims_speak_of_measurements_that_exist(slug):
+    replication = load_replication(HERE / f"{slug}.yaml")
+    for claim in replication.claims:
+        assert claim.study in replication.studies
+        for condition in claim.conditions:
+            if condition.metric.startswith("measure:"):
+                assert LEARNED.get(condition.metric.partition(":")[2].partition("@")[0])

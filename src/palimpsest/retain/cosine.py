@@ -5,6 +5,7 @@ A logit <h, w> is |h| |w| cos(h, w). Methods read either factor: the angle alone
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -52,13 +53,14 @@ def has_bias(student: Student) -> bool:
 
 
 @torch.no_grad()
-def read_out(student: Student, batch: Batch, angle_only: bool) -> Int[Tensor, " batch"]:
-    """The allowed class of largest cosine, or of largest product, in evaluation mode."""
+def read_out(
+    student: Student, batch: Batch, score: Callable[[Tensor, Tensor], Tensor]
+) -> Int[Tensor, " batch"]:
+    """The allowed class of largest score, from features and class vectors in evaluation mode."""
     allowed = student.allowed(batch)
     with evaluating(student.model):
         features = student.features(batch)
-    logits = (cosine_logits if angle_only else product_logits)(features, class_vectors(student))
-    return masked(logits, allowed).argmax(1)
+    return masked(score(features, class_vectors(student)), allowed).argmax(1)
 
 
 def check_labels(labels: Int[Tensor, " batch"], classes: int) -> None:

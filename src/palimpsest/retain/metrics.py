@@ -205,6 +205,27 @@ def forgetting_with_last(matrix: ScoreMatrix) -> float:
     return float(np.mean(np.array(best) - matrix.at_the_end[:-1])) if items > 1 else float("nan")
 
 
+def drop_from_best(matrix: ScoreMatrix) -> float:
+    """Mean over all tasks, the newest too, of best score at any step - score at the end: at least 0.
+
+    The forgetting of several online papers (ASER, SCR, PCR).
+    """
+    return float(np.mean(np.nanmax(matrix.scores, 0) - matrix.at_the_end))
+
+
+def positive_backward_transfer(matrix: ScoreMatrix) -> float:
+    """BWT+ (Diaz-Rodriguez et al., 2018): mean over all later steps of the change of each task, at least 0."""
+    change = np.tril(matrix.scores - matrix.at_their_time, -1)
+    pairs = len(change) * (len(change) - 1) / 2
+    return max(0.0, float(change.sum() / pairs)) if pairs else float("nan")
+
+
+def upper_mean(matrix: ScoreMatrix) -> float:
+    """Mean score on tasks before their own step: the FWT of Diaz-Rodriguez et al. (2018)."""
+    above = matrix.scores[np.triu_indices_from(matrix.scores, 1)]
+    return float(above.mean()) if len(above) else float("nan")
+
+
 def accuracy_interval(accuracy: float, size: int) -> tuple[float, float]:
     """Exact 95 % interval of an accuracy measured on `size` records."""
     return clopper_pearson(round(accuracy * size), size)

@@ -300,6 +300,8 @@ def _check(replication: Replication, recipes: Mapping[str, Recipe | RetainRecipe
             if label not in known:
                 raise UnknownName(f"method in the claim '{claim.name}'", label, known)
         for condition in claim.conditions:
-            kind, _, name = condition.metric.rpartition(":")
-            if kind == "measure":
-                (LEARNED if isinstance(recipe, RetainRecipe) else MEASUREMENTS).get(name)
+            kind, _, name = condition.metric.partition(":")
+            if kind == "measure" and isinstance(recipe, RetainRecipe):
+                LEARNED.get(name.partition("@")[0])
+            elif kind == "measure":
+                MEASUREMENTS.get(name)

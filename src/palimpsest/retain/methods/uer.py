@@ -20,6 +20,7 @@ from palimpsest.retain.cosine import (
     cosine_cross_entropy,
     has_bias,
     product_cross_entropy,
+    product_logits,
     read_out,
 )
 from palimpsest.retain.learner import Keeps, learner
@@ -95,7 +96,7 @@ class UER:
 
     def predict(self, batch: Batch) -> Int[Tensor, " batch"]:
         """The class of largest product."""
-        return read_out(self.student, batch, angle_only=False)
+        return read_out(self.student, batch, product_logits)
 
     def state_dict(self) -> dict[str, Any]:
         """Student and buffer."""

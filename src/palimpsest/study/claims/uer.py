@@ -9,6 +9,7 @@ from palimpsest.core.records import Batch
 from palimpsest.retain.cosine import (
     class_vectors,
     cosine_cross_entropy,
+    cosine_logits,
     product_cross_entropy,
     product_logits,
     read_out,
@@ -47,7 +48,10 @@ def product_over_cosine(learned: Learned) -> float:
     """Accuracy over all classes when answers are given by products, minus that by cosines, of one model."""
     student = learned.finished.learner.student
     batch = _tested(learned.finished)
-    right = [(read_out(student, batch, angle) == batch["label"]).double().mean() for angle in (False, True)]
+    right = [
+        (read_out(student, batch, score) == batch["label"]).double().mean()
+        for score in (product_logits, cosine_logits)
+    ]
     return float(right[0] - right[1])
 
 
