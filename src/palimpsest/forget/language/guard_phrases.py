@@ -15,6 +15,8 @@ from palimpsest.parts.answer_words import STOP_WORDS as TELLING_NOTHING
 _ALSO_SILENT = """
     i you we they them him its their my your our me us there here about into than then so if but very
     because while after before during also any all each other such only own same too just now
+    near beside inside outside within without against among around across along behind below beneath beyond
+    between over under upon toward towards through until since
 """
 STOP_WORDS = TELLING_NOTHING | frozenset(_ALSO_SILENT.split())
 """Words that are no answer by themselves."""
