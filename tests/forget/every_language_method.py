@@ -19,7 +19,11 @@ from palimpsest.tasks import Language
 
 PACKAGE = "palimpsest.forget.language."
 METHODS = sorted(name for name, cls in UNLEARNERS.items() if cls.__module__.startswith(PACKAGE))
-ANYWHERE = sorted(name for name, cls in UNLEARNERS.items() if "any" in cls.card.tasks)
+ANYWHERE = sorted(
+    name
+    for name, cls in UNLEARNERS.items()
+    if "any" in cls.card.tasks and cls.__module__.startswith("palimpsest.")
+)
 """Methods that say that they work in every domain."""
 BY_GRADIENT = [name for name in METHODS if issubclass(UNLEARNERS.get(name), Training)]
 """Methods that take a rule and a scope."""

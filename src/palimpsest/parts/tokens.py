@@ -6,6 +6,7 @@ position t - 1 predict the label at position t, so the first label is never scor
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +30,7 @@ def scored(labels: Labels) -> TokenMask:
 def token_losses(logits: Logits, labels: Labels) -> TokenLosses:
     """-log p of every labelled token after those before it, in nats; 0 where there is no label.
 
-    In float32 whatever the type of the logits: sums over an answer are too coarse in bfloat16.
+    At least in float32: sums over an answer are too coarse in bfloat16.
 
     Example:
         >>> import torch
@@ -39,9 +40,13 @@ def token_losses(logits: Logits, labels: Labels) -> TokenLosses:
     """
     check_tokens(logits, labels)
     losses = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
+        _exact(logits)[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
     )
     return losses.masked_fill(~scored(labels), 0.0)
+
+
+def _exact(logits: Logits) -> Logits:
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
 def sequence_losses(logits: Logits, labels: Labels) -> Float[Tensor, " batch"]:
