@@ -69,7 +69,7 @@ class Isolated:
             scope: ScopeLike = {"name": "traced", **TRACED}
             if which != "traced":
                 scope = {"name": "blocks", "layers": list(self.layers(which)), "kind": "mlp"}
-            settings = {**LEARN, "scope": scope, **changes}
+            settings: dict[str, Any] = {**LEARN, "scope": scope, **changes}
             self.models[name] = forget(
                 at.original, at.split, "knowledge-isolation", at.task, runtime=at.runtime, **settings
             )

@@ -57,9 +57,8 @@ def others_pulled(learned: Learned) -> float:
     pull[newest] = 0.0
     unit = torch.nn.functional.normalize(student.attached["projection"](features), dim=1)
     temperature = cast(PRD, run.learner).temperature
-    none = torch.autograd.grad(supervised_contrast(unit, labels, temperature), [vectors], allow_unused=True)[
-        0
-    ]
+    contrast = supervised_contrast(unit, labels, temperature)
+    none = cast("Tensor | None", torch.autograd.grad(contrast, [vectors], allow_unused=True)[0])
     return _largest(pull) + (0.0 if none is None else _largest(none))
 
 
