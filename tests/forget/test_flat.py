@@ -16,9 +16,10 @@ import palimpsest as pal
 from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords, NonFiniteLoss, UnknownName
 from palimpsest.core.records import Records
 from palimpsest.core.split import ForgetSplit
-from palimpsest.forget.gradient import HISTORY_ATTRIBUTE, Context, GradientUnlearner
+from palimpsest.forget.gradient import HISTORY_ATTRIBUTE, GradientUnlearner
 from palimpsest.forget.language.flat import FLAT
 from palimpsest.forget.language.flat_divergences import DIVERGENCES, divergence_named
+from palimpsest.forget.objective import Context
 from palimpsest.models.small_llama import small_llama
 from palimpsest.parts.byte_pairs import byte_pair_tokenizer
 from palimpsest.parts.refusals import REFUSALS
@@ -230,7 +231,7 @@ def test_gradients_flow_into_both_passes(task, split, model):
 
 
 def _step(batch: Any) -> Any:
-    from palimpsest.forget.gradient import Step
+    from palimpsest.forget.objective import Step
 
     return Step(batch, None, 0, 0, {("forget", "row"): 1.0, ("forget", "token"): 1.0})
 

@@ -17,8 +17,9 @@ from palimpsest.core.errors import InvalidHyperparameter, InvalidRecords, Missin
 from palimpsest.core.records import Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
-from palimpsest.forget.gradient import HISTORY_ATTRIBUTE, REPORT_ATTRIBUTE, Context, GradientUnlearner, Step
+from palimpsest.forget.gradient import HISTORY_ATTRIBUTE, REPORT_ATTRIBUTE, GradientUnlearner
 from palimpsest.forget.language.knowledge_isolation import FORGET, IsolationReport, KnowledgeIsolation
+from palimpsest.forget.objective import Context, Step
 from palimpsest.forget.traced import TRACING_ATTRIBUTE
 from palimpsest.models.small_llama import small_llama
 from palimpsest.parts.tokens import token_mean

@@ -16,7 +16,7 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import UNLEARNERS
 from palimpsest.forget._apply import build_unlearner
-from palimpsest.forget.gradient import HISTORY_ATTRIBUTE, Context, Step, Training
+from palimpsest.forget.gradient import HISTORY_ATTRIBUTE, Training
 from palimpsest.forget.language.alternates import ALTERNATE, drawn
 from palimpsest.forget.language.altpo import AltPO
 from palimpsest.forget.language.idk_nll import IdkNLL
@@ -24,6 +24,7 @@ from palimpsest.forget.language.pdu import PDU
 from palimpsest.forget.language.rmu import RMU, block_states
 from palimpsest.forget.language.simnpo import SimNPO
 from palimpsest.forget.language.whp import generic_labels, translate
+from palimpsest.forget.objective import Context, Step
 from palimpsest.models import build_model
 from palimpsest.parts.refusals import REFUSALS, refusals_of
 from palimpsest.parts.tokens import IGNORED, sequence_losses, token_counts

@@ -15,7 +15,7 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.unlearner import check_range
-from palimpsest.forget.gradient import Context, Step, Term
+from palimpsest.forget.objective import Context, Step, Term
 from palimpsest.forget.objectives import kl_retain_loss
 from palimpsest.parts.tokens import sequence_losses, token_counts, token_mean
 from palimpsest.tasks.language import Language

@@ -14,7 +14,7 @@ from palimpsest.core.errors import InvalidRecords
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
-from palimpsest.forget.gradient import Context
+from palimpsest.forget.objective import Context
 from palimpsest.forget.terms import sequence_table
 
 ALTERNATE = "alternate"

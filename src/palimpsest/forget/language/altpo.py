@@ -18,9 +18,10 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step
+from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.language.alternates import ALTERNATE, alternate_references, asked
 from palimpsest.forget.language.idk_dpo import preference
+from palimpsest.forget.objective import Context, Losses, Step
 from palimpsest.forget.terms import Retain, check_retain
 from palimpsest.tasks.language import Language
 

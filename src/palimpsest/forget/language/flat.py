@@ -18,7 +18,7 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Choice, Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
+from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.language.alternates import drawn
 from palimpsest.forget.language.flat_divergences import (
     DIVERGENCES,
@@ -26,6 +26,7 @@ from palimpsest.forget.language.flat_divergences import (
     divergence_named,
     mean_probability,
 )
+from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.parts.refusals import refusals_of
 from palimpsest.parts.tokens import token_counts
 from palimpsest.tasks.language import Language

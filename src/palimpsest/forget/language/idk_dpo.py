@@ -13,7 +13,7 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
+from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.language.alternates import (
     ALTERNATE,
     alternate_batch,
@@ -21,6 +21,7 @@ from palimpsest.forget.language.alternates import (
     asked,
     drawn,
 )
+from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.objectives import dpo_loss
 from palimpsest.forget.terms import Retain, answer_losses, check_retain, references, retain_term
 from palimpsest.parts.refusals import refusals_of

@@ -13,8 +13,9 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, unlearner
-from palimpsest.forget.gradient import Context, GradientMethod, Losses, Side, Step, Term
+from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.language.alternates import answering, asked, drawn
+from palimpsest.forget.objective import Context, Losses, Side, Step, Term
 from palimpsest.forget.terms import Retain, check_retain, retain_term
 from palimpsest.parts.refusals import refusals_of
 from palimpsest.parts.tokens import token_counts, token_mean

@@ -18,8 +18,9 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
+from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.language.joint_loss import AdaptiveMultiplier, Baseline, joint_loss
+from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.scopes import ScopeLike
 from palimpsest.parts.tokens import scored, token_losses, token_mean
 from palimpsest.tasks.language import Language

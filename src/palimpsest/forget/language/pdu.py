@@ -15,7 +15,8 @@ from palimpsest.core.needs import Need
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
+from palimpsest.forget.gradient import GradientMethod
+from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.primal_dual import dual_update, flatness_loss
 from palimpsest.parts.tokens import sequence_losses, token_counts, token_mean
 

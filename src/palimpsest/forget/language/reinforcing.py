@@ -10,7 +10,8 @@ from torch import nn
 
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
-from palimpsest.forget.gradient import Context, GradientUnlearner, Losses, Step, Term, Training
+from palimpsest.forget.gradient import GradientUnlearner, Training
+from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.parts.tokens import token_mean
 from palimpsest.tasks.language import Language
 

@@ -19,7 +19,8 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
+from palimpsest.forget.gradient import GradientMethod
+from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.scopes import Opened, ScopeLike, only, scope
 from palimpsest.forget.steering import StateReduction, draw_control_vector, state_distance
 from palimpsest.parts.decoder import Stack, parts_of, stack_of

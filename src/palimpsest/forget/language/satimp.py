@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from palimpsest.core.needs import Need
 from palimpsest.core.search_space import Span
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import Context, GradientMethod, Losses, Step, Term
+from palimpsest.forget.gradient import GradientMethod
+from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.objectives import satimp_loss
 from palimpsest.forget.terms import Retain, check_retain, retain_term
 

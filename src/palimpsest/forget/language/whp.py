@@ -22,9 +22,10 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Card, Paper, check_range, unlearner
-from palimpsest.forget.gradient import Context, GradientUnlearner, Losses, Step, Term, Training
+from palimpsest.forget.gradient import GradientUnlearner, Training
 from palimpsest.forget.language.reinforcing import reinforced
 from palimpsest.forget.language.wrapped import Call, Wrapped, ask, logits_beside
+from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.terms import Retain, check_retain, retain_term
 from palimpsest.parts.logit_combination import whp_logits
 from palimpsest.parts.tokens import IGNORED, token_mean

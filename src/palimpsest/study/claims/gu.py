@@ -18,18 +18,11 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
-from palimpsest.forget.gradient import (
-    HISTORY_ATTRIBUTE,
-    Context,
-    GradientMethod,
-    GradientUnlearner,
-    Losses,
-    Objective,
-    Step,
-)
+from palimpsest.forget.gradient import HISTORY_ATTRIBUTE, GradientMethod, GradientUnlearner
 from palimpsest.forget.language.gradient_difference import GradientAscent
 from palimpsest.forget.language.gu import GU
 from palimpsest.forget.language.npo import NPO
+from palimpsest.forget.objective import Context, Losses, Objective, Step
 from palimpsest.forget.rules import RuleLike
 from palimpsest.parts.tokens import scored, token_mean
 from palimpsest.study.claims.measuring import Setting, measurement
