@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,13 +16,47 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.unlearner import check_range
-from palimpsest.forget.objective import Context, Step, Term
+from palimpsest.forget.gradient import GradientMethod
+from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.objectives import kl_retain_loss
 from palimpsest.parts.tokens import sequence_losses, token_counts, token_mean
 from palimpsest.tasks.language import Language
 
 Retain = Literal["nll", "kl", "none"]
 RETAIN_TERMS = ("nll", "kl", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancedMethod(GradientMethod):
+    """A gradient method that weighs its forget term against a retain term of the user's choice.
+
+    Attributes:
+        gamma: Weight of the forget term.
+        alpha: Weight of the retain term.
+        retain: "nll" (token-mean loss), "kl" (from the original) or "none".
+    """
+
+    gamma: float = 1.0
+    alpha: float = 1.0
+    retain: Retain = "nll"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_retain(self.retain, self.gamma, self.alpha)
+
+    @property
+    def needs_original(self) -> bool:
+        """Only for the KL retain term."""
+        return self.retain == "kl"
+
+    @property
+    def needs_retain(self) -> bool:
+        """Unless there is no retain term."""
+        return self.retain != "none"
+
+    def balanced(self, context: Context, step: Step, forget: Term) -> Losses:
+        """The losses of a step, from its forget term."""
+        return Losses(forget, retain_term(context, step, self.retain), self.gamma, self.alpha)
 
 
 def retain_term(context: Context, step: Step, kind: Retain) -> Term | None:

@@ -18,11 +18,10 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.language.alternates import ALTERNATE, alternate_references, asked
 from palimpsest.forget.language.idk_dpo import preference
 from palimpsest.forget.objective import Context, Losses, Step
-from palimpsest.forget.terms import Retain, check_retain
+from palimpsest.forget.terms import BalancedMethod
 from palimpsest.tasks.language import Language
 
 INSTRUCTION = "{question}\nA true answer is: {answer}\nWrite another answer that is just as plausible but changes all facts."
@@ -49,7 +48,7 @@ ROUNDS = 4
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class AltPO(GradientMethod):
+class AltPO(BalancedMethod):
     """Raise plausible wrong answers and lower the true one, each measured against the original.
 
     The loss is IdkDPO's, with in-domain alternates in the place of refusals, so that the model goes on to
@@ -78,9 +77,6 @@ class AltPO(GradientMethod):
     temperature: float = 1.0
     max_new_tokens: int = 200
     beta: float = 0.1
-    gamma: float = 1.0
-    alpha: float = 1.0
-    retain: Retain = "nll"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,17 +88,6 @@ class AltPO(GradientMethod):
             check_range(name, getattr(self, name), 1, math.inf)
         for name in ("beta", "temperature"):
             check_range(name, getattr(self, name), 0, math.inf, open_low=True)
-        check_retain(self.retain, self.gamma, self.alpha)
-
-    @property
-    def needs_original(self) -> bool:
-        """Only for the KL retain term."""
-        return self.retain == "kl"
-
-    @property
-    def needs_retain(self) -> bool:
-        """Unless there is no retain term."""
-        return self.retain != "none"
 
     def rows(self, model: nn.Module, split: ForgetSplit, task: Language, runtime: Runtime) -> Records:
         """A row for every alternate of every question.

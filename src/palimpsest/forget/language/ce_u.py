@@ -16,10 +16,9 @@ from palimpsest.core.needs import Need
 from palimpsest.core.records import Batch
 from palimpsest.core.search_space import Span
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.objectives import ceu_loss
-from palimpsest.forget.terms import Retain, check_retain, retain_term
+from palimpsest.forget.terms import BalancedMethod, Retain
 from palimpsest.parts.tokens import IGNORED, token_counts
 
 
@@ -31,7 +30,7 @@ from palimpsest.parts.tokens import IGNORED, token_counts
     search={"lr": Span(1e-5, 1e-3, log=True), "epochs": Span(1, 10, integer=True)},
 )
 @dataclass(frozen=True, kw_only=True)
-class CEU(GradientMethod):
+class CEU(BalancedMethod):
     """Learn the model's own next-token distribution with the true token taken out, as it stands at each step.
 
     No retained records are used; run long, it ruins the model as gradient ascent does, only without NaN.
@@ -44,24 +43,11 @@ class CEU(GradientMethod):
     """
 
     skip: int = 1
-    gamma: float = 1.0
-    alpha: float = 1.0
     retain: Retain = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("skip", self.skip, 0, math.inf)
-        check_retain(self.retain, self.gamma, self.alpha)
-
-    @property
-    def needs_original(self) -> bool:
-        """Only for the KL retain term."""
-        return self.retain == "kl"
-
-    @property
-    def needs_retain(self) -> bool:
-        """Only with a retain term."""
-        return self.retain != "none"
 
     def collate(self, context: Context, items: Sequence[dict[str, Any]], epoch: int) -> Batch:
         """A batch whose answers begin after the skipped tokens, so that the mean counts only the others."""
@@ -88,7 +74,7 @@ class CEU(GradientMethod):
         def losses(step: Step) -> Losses:
             logits = task.logits(context.model, step.forget)
             forget = Term(ceu_loss(logits, step.forget["labels"], 0), "token")
-            return Losses(forget, retain_term(context, step, self.retain), self.gamma, self.alpha)
+            return self.balanced(context, step, forget)
 
         return losses
 

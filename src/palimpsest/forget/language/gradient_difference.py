@@ -11,7 +11,7 @@ from palimpsest.core.unlearner import Paper, unlearner
 from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.objectives import gradient_ascent_loss
-from palimpsest.forget.terms import Retain, answer_losses, check_retain, retain_term
+from palimpsest.forget.terms import BalancedMethod, answer_losses
 
 
 @unlearner(
@@ -26,7 +26,7 @@ from palimpsest.forget.terms import Retain, answer_losses, check_retain, retain_
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class GradientDifference(GradientMethod):
+class GradientDifference(BalancedMethod):
     """Ascend on the token-mean loss of forget answers while descending on retained ones.
 
     With retain="kl" it is the KL minimisation of TOFU (GA + KL). The ascent has no bound.
@@ -37,30 +37,12 @@ class GradientDifference(GradientMethod):
         retain: "nll" (token-mean loss), "kl" (from the original) or "none".
     """
 
-    gamma: float = 1.0
-    alpha: float = 1.0
-    retain: Retain = "nll"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_retain(self.retain, self.gamma, self.alpha)
-
-    @property
-    def needs_original(self) -> bool:
-        """Only for the KL retain term."""
-        return self.retain == "kl"
-
-    @property
-    def needs_retain(self) -> bool:
-        """Unless there is no retain term."""
-        return self.retain != "none"
-
     def begin(self, context: Context) -> Callable[[Step], Losses]:
         """The two terms of a step."""
 
         def losses(step: Step) -> Losses:
             forget = Term(gradient_ascent_loss(*answer_losses(context, step.forget)), "token")
-            return Losses(forget, retain_term(context, step, self.retain), self.gamma, self.alpha)
+            return self.balanced(context, step, forget)
 
         return losses
 

@@ -13,7 +13,6 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.language.alternates import (
     ALTERNATE,
     alternate_batch,
@@ -23,7 +22,13 @@ from palimpsest.forget.language.alternates import (
 )
 from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.objectives import dpo_loss
-from palimpsest.forget.terms import Retain, answer_losses, check_retain, references, retain_term
+from palimpsest.forget.terms import (
+    BalancedMethod,
+    Retain,
+    answer_losses,
+    references,
+    retain_term,
+)
 from palimpsest.parts.refusals import refusals_of
 from palimpsest.tasks.language import Language
 
@@ -46,7 +51,7 @@ from palimpsest.tasks.language import Language
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class IdkDPO(GradientMethod):
+class IdkDPO(BalancedMethod):
     """Raise a refusal and lower the true answer, each measured against the original.
 
     -(2/beta) log sigmoid(beta (r(refusal) - r(answer))), r = log p / p_original of a whole answer; the factor
@@ -63,25 +68,11 @@ class IdkDPO(GradientMethod):
 
     refusals: Sequence[str] | str | None = None
     beta: float = 0.1
-    gamma: float = 1.0
-    alpha: float = 1.0
-    retain: Retain = "nll"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("beta", self.beta, 0, math.inf, open_low=True)
-        check_retain(self.retain, self.gamma, self.alpha)
         refusals_of(self.refusals)
-
-    @property
-    def needs_original(self) -> bool:
-        """Only for the KL retain term."""
-        return self.retain == "kl"
-
-    @property
-    def needs_retain(self) -> bool:
-        """Unless there is no retain term."""
-        return self.retain != "none"
 
     def rows(self, model: Any, split: ForgetSplit, task: Language, runtime: Runtime) -> Records:
         """The forget records with a question."""

@@ -13,10 +13,9 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, unlearner
-from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.language.alternates import answering, asked, drawn
 from palimpsest.forget.objective import Context, Losses, Side, Step, Term
-from palimpsest.forget.terms import Retain, check_retain, retain_term
+from palimpsest.forget.terms import BalancedMethod, retain_term
 from palimpsest.parts.refusals import refusals_of
 from palimpsest.parts.tokens import token_counts, token_mean
 from palimpsest.tasks.language import Language
@@ -35,7 +34,7 @@ from palimpsest.tasks.language import Language
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class IdkNLL(GradientMethod):
+class IdkNLL(BalancedMethod):
     """Fine-tune on refusals as answers to the forgotten questions, beside the retained records.
 
     A refusal is drawn anew for every question in every epoch. What a model refuses to say it has not
@@ -53,13 +52,9 @@ class IdkNLL(GradientMethod):
 
     refusals: Sequence[str] | str | None = None
     reduction: Literal["separate", "joint"] = "separate"
-    gamma: float = 1.0
-    alpha: float = 1.0
-    retain: Retain = "nll"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_retain(self.retain, self.gamma, self.alpha)
         if self.reduction not in ("separate", "joint"):
             raise InvalidHyperparameter(f"reduction is 'separate' or 'joint', not {self.reduction!r}.")
         if self.reduction == "joint" and (self.retain != "nll" or self.gamma != 1 or self.alpha != 1):
@@ -68,16 +63,6 @@ class IdkNLL(GradientMethod):
                 f"'nll', not {self.gamma}, {self.alpha} and {self.retain!r}."
             )
         refusals_of(self.refusals)
-
-    @property
-    def needs_original(self) -> bool:
-        """Only for the KL retain term."""
-        return self.retain == "kl"
-
-    @property
-    def needs_retain(self) -> bool:
-        """Unless there is no retain term."""
-        return self.retain != "none"
 
     def rows(self, model: Any, split: ForgetSplit, task: Language, runtime: Runtime) -> Records:
         """The forget records with a question."""

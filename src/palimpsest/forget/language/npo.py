@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from palimpsest.core.needs import Need
 from palimpsest.core.search_space import Span
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.objectives import npo_loss
-from palimpsest.forget.terms import Retain, answer_losses, check_retain, references, retain_term
+from palimpsest.forget.terms import (
+    BalancedMethod,
+    answer_losses,
+    references,
+)
 
 
 @unlearner(
@@ -32,7 +35,7 @@ from palimpsest.forget.terms import Retain, answer_losses, check_retain, referen
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class NPO(GradientMethod):
+class NPO(BalancedMethod):
     """Make forget answers less likely than under the original, with a force that fades as they become so.
 
     The loss is -(2/beta) log sigmoid(beta (L - L_original)) with L the summed loss of the answer: gradient
@@ -48,24 +51,10 @@ class NPO(GradientMethod):
     """
 
     beta: float = 0.1
-    gamma: float = 1.0
-    alpha: float = 1.0
-    retain: Retain = "nll"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("beta", self.beta, 0, math.inf, open_low=True)
-        check_retain(self.retain, self.gamma, self.alpha)
-
-    @property
-    def needs_original(self) -> bool:
-        """Only for the KL retain term."""
-        return self.retain == "kl"
-
-    @property
-    def needs_retain(self) -> bool:
-        """Unless there is no retain term."""
-        return self.retain != "none"
 
     def begin(self, context: Context) -> Callable[[Step], Losses]:
         """Look up the original's likelihoods, then the two terms of a step."""
@@ -74,6 +63,6 @@ class NPO(GradientMethod):
         def losses(step: Step) -> Losses:
             answers, _ = answer_losses(context, step.forget)
             forget = Term(npo_loss(answers, reference(step.forget), self.beta))
-            return Losses(forget, retain_term(context, step, self.retain), self.gamma, self.alpha)
+            return self.balanced(context, step, forget)
 
         return losses

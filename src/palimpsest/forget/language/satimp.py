@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from palimpsest.core.needs import Need
 from palimpsest.core.search_space import Span
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.objectives import satimp_loss
-from palimpsest.forget.terms import Retain, check_retain, retain_term
+from palimpsest.forget.terms import BalancedMethod
 
 
 @unlearner(
@@ -31,7 +30,7 @@ from palimpsest.forget.terms import Retain, check_retain, retain_term
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class SatImp(GradientMethod):
+class SatImp(BalancedMethod):
     """Ascend on forget answers with weights p^beta1 (1 - p)^beta2 per token, detached.
 
     The first factor leaves alone what is forgotten already (saturation), the second what any model would
@@ -51,25 +50,12 @@ class SatImp(GradientMethod):
 
     beta1: float = 5.0
     beta2: float = 1.0
-    gamma: float = 1.0
     alpha: float = 0.1
-    retain: Retain = "nll"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("beta1", self.beta1, 0, math.inf)
         check_range("beta2", self.beta2, 0, math.inf)
-        check_retain(self.retain, self.gamma, self.alpha)
-
-    @property
-    def needs_original(self) -> bool:
-        """Only for the KL retain term: the released code keeps a copy that it never looks at."""
-        return self.retain == "kl"
-
-    @property
-    def needs_retain(self) -> bool:
-        """Unless there is no retain term."""
-        return self.retain != "none"
 
     def begin(self, context: Context) -> Callable[[Step], Losses]:
         """The two terms of a step."""
@@ -77,7 +63,6 @@ class SatImp(GradientMethod):
         def losses(step: Step) -> Losses:
             logits = context.task.logits(context.model, step.forget)
             forget = satimp_loss(logits, step.forget["labels"], self.beta1, self.beta2)
-            retain = retain_term(context, step, self.retain)
-            return Losses(Term(forget, "token"), retain, self.gamma, self.alpha)
+            return self.balanced(context, step, Term(forget, "token"))
 
         return losses

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from palimpsest.core.needs import Need
 from palimpsest.core.search_space import Span
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.objectives import simnpo_loss
-from palimpsest.forget.terms import Retain, answer_losses, check_retain, retain_term
+from palimpsest.forget.terms import BalancedMethod, answer_losses
 
 
 @unlearner(
@@ -33,7 +32,7 @@ from palimpsest.forget.terms import Retain, answer_losses, check_retain, retain_
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class SimNPO(GradientMethod):
+class SimNPO(BalancedMethod):
     """Make forget answers unlikely per token, with a force that fades once they are: no reference model.
 
     The loss is -(2/beta) log sigmoid(beta (l - delta)) with l the mean token loss of the answer: short and long
@@ -50,24 +49,11 @@ class SimNPO(GradientMethod):
     beta: float = 4.5
     delta: float = 0.0
     gamma: float = 0.125
-    alpha: float = 1.0
-    retain: Retain = "nll"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("beta", self.beta, 0, math.inf, open_low=True)
         check_range("delta", self.delta, 0, math.inf)
-        check_retain(self.retain, self.gamma, self.alpha)
-
-    @property
-    def needs_original(self) -> bool:
-        """Only for the KL retain term."""
-        return self.retain == "kl"
-
-    @property
-    def needs_retain(self) -> bool:
-        """Unless there is no retain term."""
-        return self.retain != "none"
 
     def begin(self, context: Context) -> Callable[[Step], Losses]:
         """The two terms of a step."""
@@ -75,6 +61,6 @@ class SimNPO(GradientMethod):
         def losses(step: Step) -> Losses:
             answers, counts = answer_losses(context, step.forget)
             forget = Term(simnpo_loss(answers, counts, self.beta, self.delta))
-            return Losses(forget, retain_term(context, step, self.retain), self.gamma, self.alpha)
+            return self.balanced(context, step, forget)
 
         return losses

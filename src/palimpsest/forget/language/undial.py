@@ -11,10 +11,9 @@ import torch
 from palimpsest.core.needs import Need
 from palimpsest.core.search_space import Span
 from palimpsest.core.unlearner import Paper, check_range, unlearner
-from palimpsest.forget.gradient import GradientMethod
 from palimpsest.forget.objective import Context, Losses, Step, Term
 from palimpsest.forget.objectives import undial_loss
-from palimpsest.forget.terms import Retain, check_retain, retain_term
+from palimpsest.forget.terms import BalancedMethod, Retain
 
 
 @unlearner(
@@ -33,7 +32,7 @@ from palimpsest.forget.terms import Retain, check_retain, retain_term
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class Undial(GradientMethod):
+class Undial(BalancedMethod):
     """Learn the original's own distribution with the logit of the true token lowered by beta.
 
     A target that stays where it is: the loss is bounded and training longer does no more harm. Retained
@@ -48,24 +47,16 @@ class Undial(GradientMethod):
 
     lr: float = 1e-4
     beta: float = 10.0
-    gamma: float = 1.0
-    alpha: float = 1.0
     retain: Retain = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("beta", self.beta, 0, math.inf, open_low=True)
-        check_retain(self.retain, self.gamma, self.alpha)
 
     @property
     def needs_original(self) -> bool:
         """Always: the original is the teacher."""
         return True
-
-    @property
-    def needs_retain(self) -> bool:
-        """Only with a retain term."""
-        return self.retain != "none"
 
     def begin(self, context: Context) -> Callable[[Step], Losses]:
         """The terms of a step."""
@@ -75,7 +66,6 @@ class Undial(GradientMethod):
             with torch.no_grad():
                 teacher = context.task.logits(context.reference, step.forget)
             forget = undial_loss(logits, teacher, step.forget["labels"], self.beta)
-            retain = retain_term(context, step, self.retain)
-            return Losses(Term(forget, "token"), retain, self.gamma, self.alpha)
+            return self.balanced(context, step, Term(forget, "token"))
 
         return losses
