@@ -128,6 +128,24 @@ def build(kind: str, cls: type[C], name: str, settings: Mapping[str, Any]) -> C:
         raise InvalidHyperparameter(f"{kind} '{name}': {problem}") from problem
 
 
+def named(kind: str, registry: Registry[type[Any]], given: Any) -> Any:
+    """What a registered name stands for: built from the name, from a mapping of "name" and settings, or as it is.
+
+    Raises:
+        UnknownName: For a name or a setting that does not exist; suggests the nearest.
+        InvalidHyperparameter: For a mapping without a name, or a value that is refused.
+    """
+    if isinstance(given, str):
+        return registry.get(given)()
+    if not isinstance(given, Mapping):
+        return given
+    settings = dict(cast(Mapping[str, Any], given))
+    if "name" not in settings:
+        raise InvalidHyperparameter(f"A {kind} is named: {{'name': ..., settings}}, not {given!r}.")
+    name = str(settings.pop("name"))
+    return build(kind, registry.get(name), name, settings)
+
+
 def check_settings(kind: str, cls: type, name: str, settings: Iterable[str]) -> None:
     """Check that settings are fields of a registered dataclass.
 

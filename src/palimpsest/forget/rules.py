@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from palimpsest.core.errors import InvalidHyperparameter
 from palimpsest.core.registry import Registry
 from palimpsest.core.runtime import Runtime
-from palimpsest.core.unlearner import build
+from palimpsest.core.unlearner import named
 
 
 class Update(Protocol):
@@ -86,15 +85,7 @@ def rule_of(given: RuleLike) -> Rule:
         UnknownName: For a rule or a setting that does not exist; suggests the nearest.
         InvalidHyperparameter: For a mapping without a name.
     """
-    if isinstance(given, str):
-        return RULES.get(given)()
-    if not isinstance(given, Mapping):
-        return given
-    settings = dict(given)
-    if "name" not in settings:
-        raise InvalidHyperparameter(f"A rule is named: {{'name': ..., settings}}, not {given!r}.")
-    name = str(settings.pop("name"))
-    return build("rule", RULES.get(name), name, settings)
+    return named("rule", RULES, given)
 
 
 @rule("sum")

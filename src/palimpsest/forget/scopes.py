@@ -13,7 +13,7 @@ from palimpsest.core.errors import InvalidHyperparameter
 from palimpsest.core.registry import Registry
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
-from palimpsest.core.unlearner import build, check_range
+from palimpsest.core.unlearner import check_range, named
 from palimpsest.parts.decoder import parts_of
 from palimpsest.parts.lora import add_lora, has_lora, merged
 from palimpsest.parts.parameters import matching, trainable
@@ -67,15 +67,7 @@ def scope_of(given: ScopeLike) -> Scope:
         UnknownName: For a scope or a setting that does not exist; suggests the nearest.
         InvalidHyperparameter: For a mapping without a name.
     """
-    if isinstance(given, str):
-        return SCOPES.get(given)()
-    if not isinstance(given, Mapping):
-        return given
-    settings = dict(given)
-    if "name" not in settings:
-        raise InvalidHyperparameter(f"A scope is named: {{'name': ..., settings}}, not {given!r}.")
-    name = str(settings.pop("name"))
-    return build("scope", SCOPES.get(name), name, settings)
+    return named("scope", SCOPES, given)
 
 
 @scope("all")

@@ -103,8 +103,8 @@ def joint_loss(
     Raises:
         InvalidHyperparameter: If both are None.
     """
-    if forget_loss is None and retain_loss is None:
-        raise InvalidHyperparameter("A batch needs forget or retained rows.")
-    if forget_loss is None or retain_loss is None:
-        return -forget_loss if forget_loss is not None else multiplier * retain_loss  # type: ignore[operator]
-    return multiplier * retain_loss - forget_loss
+    if retain_loss is None:
+        if forget_loss is None:
+            raise InvalidHyperparameter("A batch needs forget or retained rows.")
+        return -forget_loss
+    return multiplier * retain_loss if forget_loss is None else multiplier * retain_loss - forget_loss
