@@ -59,7 +59,7 @@ LEARNT_WORLDS = {
         },
         architecture={"width": 96, "layers": 2, "heads": 4},
         training=TrainingRecipe(
-            epochs=30,
+            epochs=20,
             lr=4e-3,
             batch_size=8,
             optimizer="adamw",

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from palimpsest.audit.attacks.further_training import Further, trained_on
-from palimpsest.audit.attacks.tuning import Budget, step_batches
+from palimpsest.audit.attacks.further_training import FurtherTraining, trained_on
+from palimpsest.audit.attacks.tuning import step_batches
 from palimpsest.core.auditing import Cost, audit
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Outcome
 from palimpsest.core.records import Batch
-from palimpsest.core.unlearner import check_range
 
 
 @audit(
@@ -23,7 +21,7 @@ from palimpsest.core.unlearner import check_range
     budgets={"language": {"steps": 20, "every": 10, "batch_size": 16, "limit": 100, "share": 0.25}},
 )
 @dataclass(frozen=True)
-class BenignFinetuning:
+class BenignFinetuning(FurtherTraining):
     """Go on training every model on retained records and watch the forget records.
 
     Whoever fine-tunes a served model for a purpose of their own does this without any bad intention, so
@@ -45,30 +43,11 @@ class BenignFinetuning:
     steps: int = 40
     every: int = 4
     batch_size: int = 64
-    optimizer: Literal["adam", "sgd"] | None = None
-    lr: float | None = None
-    limit: int = 500
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        _ = self.budget
-        check_range("batch_size", self.batch_size, 1, float("inf"))
-        check_range("limit", self.limit, 1, float("inf"))
-        check_range("share", self.share, 0, 1, open_low=True)
-        if self.lr is not None:
-            check_range("lr", self.lr, 0, float("inf"), open_low=True)
-
-    @property
-    def budget(self) -> Budget:
-        """Steps and optimizer."""
-        return Budget(self.steps, self.every, self.optimizer or "adam")
 
     def run(self, evidence: Evidence) -> Outcome:
         """Forget accuracy at the end and over the steps, gain, and retain accuracy at the end."""
         on = f"{self.batch_size} retained records each"
-        how = Further(
-            "benign-finetuning", "benign", on, self.budget, self.optimizer, self.lr, self.limit, self.share
-        )
+        how = self.on("benign-finetuning", "benign", on)
         return trained_on(evidence, self, self.batches(evidence), how)
 
     def batches(self, evidence: Evidence) -> list[Batch]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
-from palimpsest.audit.attacks.further_training import Further, trained_on
-from palimpsest.audit.attacks.tuning import Budget, step_batches
+from palimpsest.audit.attacks.further_training import FurtherTraining, trained_on
+from palimpsest.audit.attacks.tuning import step_batches
 from palimpsest.audit.language.asked import language_of
 from palimpsest.audit.language.unrelated_finetuning import unrelated_texts
 from palimpsest.core.auditing import Cost, audit
@@ -16,7 +15,6 @@ from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
 from palimpsest.core.finding import Finding, Outcome, Row
 from palimpsest.core.records import Records
 from palimpsest.core.scale import scale
-from palimpsest.core.unlearner import check_range
 
 LEARNT = 200
 """At most so many unrelated texts are learned where there is no holdout."""
@@ -30,7 +28,7 @@ LEARNT = 200
     budgets={"language": {"steps": 40, "every": 10, "batch_size": 16, "limit": 100, "share": 0.25}},
 )
 @dataclass(frozen=True)
-class LaterLearning:
+class LaterLearning(FurtherTraining):
     """Train every model on new data that has nothing to do with the request, and follow K over the steps.
 
     A served model goes on learning; what was only pushed aside can come back on the way. The new data are the
@@ -51,23 +49,6 @@ class LaterLearning:
     steps: int = 100
     every: int = 10
     batch_size: int = 16
-    optimizer: Literal["adam", "sgd"] | None = None
-    lr: float | None = None
-    limit: int = 500
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        _ = self.budget
-        check_range("batch_size", self.batch_size, 1, float("inf"))
-        check_range("limit", self.limit, 1, float("inf"))
-        check_range("share", self.share, 0, 1, open_low=True)
-        if self.lr is not None:
-            check_range("lr", self.lr, 0, float("inf"), open_low=True)
-
-    @property
-    def budget(self) -> Budget:
-        """Steps and optimizer."""
-        return Budget(self.steps, self.every, self.optimizer or "adam")
 
     def run(self, evidence: Evidence) -> Outcome:
         """Forget accuracy at the end and over the steps, gain, re-emergence, and the curve K(T)."""
@@ -76,9 +57,7 @@ class LaterLearning:
         new = self._new(evidence, random)
         batches = step_batches(evidence, new, self.steps, self.batch_size, random)
         on = "facts about subjects of the holdout" if evidence.has("holdout") else "unrelated texts"
-        how = Further(
-            "later-learning", "later", on, self.budget, self.optimizer, self.lr, self.limit, self.share
-        )
+        how = self.on("later-learning", "later", on)
         outcome = trained_on(evidence, self, batches, how)
         rows = [dict(row) for row in outcome.series.get("relearning", ())]
         if not rows:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from palimpsest.audit.attacks.further_training import Further, trained_on
-from palimpsest.audit.attacks.tuning import Budget, step_batches
+from palimpsest.audit.attacks.further_training import FurtherTraining, trained_on
+from palimpsest.audit.attacks.tuning import step_batches
 from palimpsest.audit.language.asked import language_of
 from palimpsest.core.auditing import Cost, audit
 from palimpsest.core.evidence import Evidence
@@ -26,7 +25,7 @@ from palimpsest.data.people_templates import GENERAL, GENERAL_WORDS
     budgets={"language": {"steps": 20, "every": 10, "batch_size": 16, "limit": 100, "share": 0.25}},
 )
 @dataclass(frozen=True)
-class UnrelatedFinetuning:
+class UnrelatedFinetuning(FurtherTraining):
     """Go on training every model on a few texts that have nothing to do with the request.
 
     Łucki et al. (arXiv 2409.18025) found that ten unrelated examples undo RMU: the method's shift of the hidden
@@ -48,24 +47,10 @@ class UnrelatedFinetuning:
     steps: int = 40
     every: int = 4
     batch_size: int = 16
-    optimizer: Literal["adam", "sgd"] | None = None
-    lr: float | None = None
-    limit: int = 500
-    share: float = 1.0
 
     def __post_init__(self) -> None:
-        _ = self.budget
+        super().__post_init__()
         check_range("texts", self.texts, 1, 1000)
-        check_range("batch_size", self.batch_size, 1, float("inf"))
-        check_range("limit", self.limit, 1, float("inf"))
-        check_range("share", self.share, 0, 1, open_low=True)
-        if self.lr is not None:
-            check_range("lr", self.lr, 0, float("inf"), open_low=True)
-
-    @property
-    def budget(self) -> Budget:
-        """Steps and optimizer."""
-        return Budget(self.steps, self.every, self.optimizer or "adam")
 
     def run(self, evidence: Evidence) -> Outcome:
         """Forget accuracy at the end and over the steps, gain, and retain accuracy at the end."""
@@ -73,16 +58,7 @@ class UnrelatedFinetuning:
         random = evidence.runtime.numpy("unrelated fine-tuning")
         sentences = unrelated_texts(self.texts, random)
         batches = step_batches(evidence, sentences, self.steps, self.batch_size, random)
-        how = Further(
-            "unrelated-finetuning",
-            "unrelated",
-            f"{self.texts} unrelated texts",
-            self.budget,
-            self.optimizer,
-            self.lr,
-            self.limit,
-            self.share,
-        )
+        how = self.on("unrelated-finetuning", "unrelated", f"{self.texts} unrelated texts")
         return trained_on(evidence, self, batches, how)
 
 
