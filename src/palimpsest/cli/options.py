@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,3 +82,27 @@ AuditSet = Annotated[
     ),
 ]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+Seeds = Annotated[
+    str | None, typer.Option("--seeds", metavar="N|A,B,...", help="Number of seeds, or the seeds themselves.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=0, help="Processes of this machine; 0 works in this one.")
+]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store", metavar="URL", help="SQLAlchemy URL; a SQLite file in the run folder by default."
+    ),
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the run; runs/NAME by default.")
+]
+Change = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the recipe; repeatable."),
+]
+Retry = Annotated[bool, typer.Option("--retry", help="Run cells that failed once more.")]
+Wait = Annotated[
+    bool, typer.Option("--wait/--no-wait", help="Wait while another process works on the folder.")
+]
+WritePage = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html into the folder.")]

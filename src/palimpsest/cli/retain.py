@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palimpsest.cli.loading import import_modules, listed, read_seeds
-from palimpsest.cli.options import AsJson, Imports
+from palimpsest.cli.options import (
+    AsJson,
+    Change,
+    Imports,
+    Retry,
+    RunFolder,
+    Seeds,
+    StoreUrl,
+    Wait,
+    Workers,
+    WritePage,
+)
 from palimpsest.cli.output import emit, say, show
 
 if TYPE_CHECKING:
@@ -41,9 +52,7 @@ def command(
         ),
     ] = None,
     methods: Annotated[str | None, typer.Option(metavar="A,B,...", help="Learners to compare.")] = None,
-    seeds: Annotated[
-        str | None, typer.Option(metavar="N|A,B,...", help="Number of seeds, or the seeds themselves.")
-    ] = None,
+    seeds: Seeds = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Architecture; mlp if none is named.")
     ] = None,
@@ -51,28 +60,14 @@ def command(
     every: Annotated[
         int | None, typer.Option(min=0, help="Steps between evaluations while learning; 0 makes none.")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes of this machine; 0 works in this one.")
-    ] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="SQLAlchemy URL; a SQLite file in the run folder by default."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder of the run; runs/NAME by default.")
-    ] = None,
-    change: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the recipe; repeatable."),
-    ] = None,
+    workers: Workers = None,
+    store: StoreUrl = None,
+    out: RunFolder = None,
+    change: Change = None,
     imports: Imports = [],  # noqa: B006
-    retry: Annotated[bool, typer.Option("--retry", help="Run cells that failed once more.")] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Wait while another process works on the folder.")
-    ] = True,
-    page: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write report.html into the folder.")
-    ] = True,
+    retry: Retry = False,
+    wait: Wait = True,
+    page: WritePage = True,
     as_json: AsJson = False,
 ) -> None:
     """Learn streams of tasks, and measure what is retained, at the end and while learning.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palimpsest.cli.loading import import_modules, listed
-from palimpsest.cli.options import RULE, AsJson, Imports
+from palimpsest.cli.options import RULE, AsJson, Change, Imports, Workers
 from palimpsest.cli.output import emit, say, show
 
 if TYPE_CHECKING:
@@ -63,13 +63,8 @@ def command(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes of this machine; 0 works in this one.")
-    ] = None,
-    change: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the recipe; repeatable."),
-    ] = None,
+    workers: Workers = None,
+    change: Change = None,
     imports: Imports = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import palimpsest
 from palimpsest.audit.report import AuditReport
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.rendering import renderer
@@ -23,6 +19,7 @@ from palimpsest.report.attacks import (
 )
 from palimpsest.report.cost import cost_chart
 from palimpsest.report.features import features_chart, sets_chart
+from palimpsest.report.frame import framed
 from palimpsest.report.gathering import labels_of, requests_of
 from palimpsest.report.inside import answers_chart, cka_chart, separation_chart
 from palimpsest.report.membership import confidence_chart, roc_chart
@@ -116,8 +113,6 @@ def html_report(reports: Sequence[AuditReport], title: str = "", failures: Seque
     Raises:
         InvalidAudit: If there is no report.
     """
-    from jinja2 import Environment, select_autoescape
-
     if not reports:
         raise InvalidAudit("There is no audit report to show.")
     drawn = [(panel, chart) for panel in PANELS if (chart := panel.make(reports)) is not None]
@@ -128,35 +123,12 @@ def html_report(reports: Sequence[AuditReport], title: str = "", failures: Seque
         "charts": {panel.key: chart for panel, chart in drawn},
         "findings": finding_rows(reports),
     }
-    page = Environment(
-        autoescape=select_autoescape(default_for_string=True), trim_blocks=True, lstrip_blocks=True
-    )
-    return page.from_string(asset("page.html")).render(
-        title=title or _title(reports), facts=_facts(reports), requests=data["requests"], labels=labels,
-        colours=data["colours"], headings=headings(reports), judged=judgements(reports), failures=failures,
-        exposed=exposed_tables(reports), panels=[panel for panel, _ in drawn], version=palimpsest.__version__,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), not_run=_not_run(reports),
-        style=asset("page.css"), script=asset("page.js"), bundle=vega(),
-        data=in_script(json.dumps(data, separators=(",", ":"), default=str)),
+    return framed(
+        "page.html", data, title=title or _title(reports), facts=_facts(reports), requests=data["requests"],
+        labels=labels, colours=data["colours"], headings=headings(reports), judged=judgements(reports),
+        failures=failures, exposed=exposed_tables(reports), panels=[panel for panel, _ in drawn],
+        not_run=_not_run(reports),
     )  # fmt: skip
-
-
-def vega() -> str:
-    """The JavaScript of Vega, Vega-Lite and vega-embed, fit to stand in a script element."""
-    from vl_convert import javascript_bundle
-
-    bundle = javascript_bundle()  # pyright: ignore[reportCallIssue]  # the stub asks for an optional argument
-    return bundle.replace("</script", "<\\/script")
-
-
-def asset(name: str) -> str:
-    """The text of a file beside this one."""
-    return files("palimpsest.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def in_script(text: str) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    return text.replace("</", "<\\/")
 
 
 def _title(reports: Sequence[AuditReport]) -> str:

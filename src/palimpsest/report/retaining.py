@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,10 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-import palimpsest
 from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.writing import write_text
+from palimpsest.report.frame import framed
 from palimpsest.report.gathering import averaged
-from palimpsest.report.page import asset, in_script, vega
 from palimpsest.report.style import (
     HEIGHT,
     ROWS,
@@ -79,8 +76,6 @@ def retain_html(result: RetainResult) -> str:
     Raises:
         InvalidAudit: If no cell is done.
     """
-    from jinja2 import Environment, select_autoescape
-
     if not result.done:
         raise InvalidAudit("No cell of the study is done: there is nothing to show.")
     drawn = [(panel, chart) for panel in PANELS if (chart := panel.make(result)) is not None]
@@ -96,21 +91,16 @@ def retain_html(result: RetainResult) -> str:
         "charts": {panel.key: chart for panel, chart in drawn},
         "findings": [],
     }
-    page = Environment(
-        autoescape=select_autoescape(default_for_string=True), trim_blocks=True, lstrip_blocks=True
-    )
     seeds = sorted({cell.seed for cell in result.done})
     facts = [
         ("seeds", ", ".join(map(str, seeds))),
         ("methods", str(len(labels))),
         ("runs", str(len(result.done))),
     ]
-    return page.from_string(asset("retain.html")).render(
-        title=result.name, facts=facts, requests=streams, labels=labels, colours=data["colours"], rows=rows,
-        headings=[SHOWN[name] for name in names], failures=result.failed, panels=[panel for panel, _ in drawn],
-        version=palimpsest.__version__, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        style=asset("page.css"), script=asset("page.js"), bundle=vega(),
-        data=in_script(json.dumps(data, separators=(",", ":"), default=str)),
+    return framed(
+        "retain.html", data, title=result.name, facts=facts, requests=streams, labels=labels,
+        colours=data["colours"], rows=rows, headings=[SHOWN[name] for name in names], failures=result.failed,
+        panels=[panel for panel, _ in drawn],
     )  # fmt: skip
 
 
