@@ -67,3 +67,16 @@ def test_advice_names_the_setting_that_stands_for_missing_data(run):
     assert "full_importance" in run("advise", "--have", "model,forget-data").stdout
     everything = run("advise", "--have", ",".join(need.value for need in Need), "--json")
     assert {row["can_run"] for row in json.loads(everything.stdout)["methods"]} == {"yes"}
+
+
+def test_the_listing_of_learners_says_papers_streams_what_they_keep_and_settings(run):
+    from palimpsest.retain import LEARNERS
+
+    rows = {row["name"]: row for row in json.loads(run("methods", "--learners", "--json").stdout)}
+    assert set(rows) == set(LEARNERS.names())
+    for name, cls in LEARNERS.items():
+        assert set(rows[name]["keeps"]) == {kept.value for kept in cls.card.keeps}
+        assert rows[name]["streams"] == list(cls.card.scenarios) and rows[name]["summary"]
+    assert "memory=200" in rows["er"]["settings"] and rows["er"]["link"].endswith("1902.10486")
+    both = run("methods", "--markdown").stdout
+    assert "| `der++` |" in both and "| `ssd` |" in both

@@ -15,13 +15,15 @@ MARKS = re.findall(r"<!-- measured: ([\w-]+) -->", PAGE.read_text())
 
 
 def _scripts(name):
-    """Benchmarks in whose text a section is named and that write sections."""
+    """Benchmarks that write a section: they name it in the call, or call with a name that they hold."""
     found = []
     for path in sorted((ROOT / "benchmarks").glob("*.py")):
         tree = ast.parse(path.read_text())
         words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-        calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
-        if name in words and "write_section" in calls:
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        given = [node.args[0] for node in calls if getattr(node.func, "id", "") == "write_section"]
+        literal = {node.value for node in given if isinstance(node, ast.Constant)}
+        if name in literal or (given and not literal and name in words):
             found.append(path.name)
     return found
 
