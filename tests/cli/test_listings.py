@@ -31,7 +31,7 @@ def test_a_file_is_brought_up_to_date_between_its_marks(run, tmp_path):
     assert run("methods", "--into", page).exit_code == 0
     text = page.read_text()
     assert text.startswith("before\n<!-- methods:begin -->\n| name |") and text.endswith("end -->\nafter\n")
-    assert "old" not in text and "| `ssd` |" in text
+    assert "\nold\n" not in text and "| `ssd` |" in text
     page.write_text("no marks")
     assert run("methods", "--into", page).exit_code == 2 and page.read_text() == "no marks"
 

@@ -79,7 +79,7 @@ def learner_listing() -> Listing:
     from palimpsest.retain.learner import LEARNERS, Keeps
 
     rows: list[dict[str, Any]] = []
-    for (name, cls), about in zip(LEARNERS.items(), described(LEARNERS.items(), "summary"), strict=True):
+    for (_, cls), about in zip(LEARNERS.items(), described(LEARNERS.items(), "summary"), strict=True):
         card, paper = cls.card, cls.card.paper
         rows.append(
             {
