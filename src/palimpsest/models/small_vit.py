@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from palimpsest.core.errors import (
     UnreadableCheckpoint,
 )
 from palimpsest.models.registry import model
+from palimpsest.parts.reinitialise import starting
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -147,7 +149,7 @@ def small_vit(
         num_channels=channels,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        attn_implementation="eager",  # per-sample gradients by vmap need it
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue] # per-sample gradients by vmap need it
     )
     encoder = ViTModel(config, add_pooling_layer=False)
     return VisionTransformer(encoder, width, classes, size, channels)
@@ -191,6 +193,10 @@ def published_vit(
         found = _of_transformers(place, classes, revision)
     if channels not in (1, found.channels):
         raise ModelMismatch(f"'{place}' takes images of {found.channels} channels, the data have {channels}.")
+    if settings.get("pretrained", True):
+        starting(
+            found, partial(published_vit, input_shape, classes, place=place, revision=revision, **settings)
+        )
     return found
 
 
@@ -221,8 +227,9 @@ def _of_transformers(place: str, classes: int, revision: str | None) -> VisionTr
                 f"{place} holds its weights as a pickle ({pickles[0]}), which can run any code when it is "
                 "loaded: convert it to safetensors."
             )
+    told: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        config = AutoConfig.from_pretrained(place, revision=revision)
+        config = AutoConfig.from_pretrained(place, **told)
         if config.model_type != "vit":
             raise ModelMismatch(
                 f"'{place}' is a {config.model_type}, not a ViT; for other vision transformers name one of "
@@ -231,7 +238,7 @@ def _of_transformers(place: str, classes: int, revision: str | None) -> VisionTr
         encoder: ViTModel = ViTModel.from_pretrained(
             place,
             config=config,
-            revision=revision,
+            **told,
             add_pooling_layer=False,
             use_safetensors=True,
             attn_implementation="eager",
