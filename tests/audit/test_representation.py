@@ -18,15 +18,13 @@ from palimpsest.audit.similarity import (
     harmonic_mean,
     knn_accuracy,
     knn_predictions,
-    linear_cka,
-    linear_hsic,
     matched_names,
-    rbf_cka,
 )
 from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter, PalimpsestError
 from palimpsest.core.evidence import Evidence, observe_all
 from palimpsest.core.finding import Finding, Judgement, Outcome
 from palimpsest.models import build_model
+from palimpsest.parts.cka import linear_cka, linear_hsic, rbf_cka
 from tests.audit import planted
 
 LABEL = 3

@@ -17,7 +17,7 @@ import palimpsest as pal
 from palimpsest.audit._apply import examine
 from palimpsest.audit.feature_sets import labels_of, layer_name, sets_of
 from palimpsest.audit.set_measures import batches_note, fixed_split, mean_cka, neighbours_on_set
-from palimpsest.audit.similarity import batch_cka, batches_of_rows, effective_rank, linear_cka, rbf_cka
+from palimpsest.audit.similarity import batch_cka, batches_of_rows, effective_rank
 from palimpsest.audit.uuef import UUEF
 from palimpsest.core.auditing import AUDITS
 from palimpsest.core.errors import (
@@ -31,6 +31,7 @@ from palimpsest.core.errors import (
 from palimpsest.core.evidence import Evidence, observe_all
 from palimpsest.core.finding import Finding, Judgement, Outcome
 from palimpsest.models import build_model
+from palimpsest.parts.cka import linear_cka, rbf_cka
 from tests.audit import planted
 
 LABEL = 3

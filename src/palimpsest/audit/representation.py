@@ -12,7 +12,7 @@ from torch import Tensor
 
 from palimpsest.audit.distance import against_controls, not_run
 from palimpsest.audit.probing import RANDOM, neighbour_accuracy, seed_spread
-from palimpsest.audit.similarity import composite, harmonic_mean, linear_cka, matched_names
+from palimpsest.audit.similarity import composite, harmonic_mean, matched_names
 from palimpsest.audit.utility import correct
 from palimpsest.core.auditing import audit
 from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter, ModelMismatch
@@ -20,6 +20,7 @@ from palimpsest.core.evidence import ORIGINAL, UNLEARNED, Evidence
 from palimpsest.core.finding import Finding, Outcome, Row
 from palimpsest.core.intervals import clopper_pearson
 from palimpsest.core.scale import judged
+from palimpsest.parts.cka import linear_cka
 
 CKA_SPREAD = 0.25
 """Deviation of 1 - CKA to the original between retrainings, as a share of it (digits, small CNN)."""

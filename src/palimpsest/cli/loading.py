@@ -195,6 +195,19 @@ def listed(text: str | None) -> list[str]:
     return [item.strip() for item in (text or "").split(",") if item.strip()]
 
 
+def read_classes(text: str) -> int | list[int]:
+    """A number of classes, or a list of them."""
+    import typer
+
+    try:
+        numbers = [int(item) for item in listed(text)]
+    except ValueError as problem:
+        raise typer.BadParameter(f"--pretrain is a number or a list such as 7,8,9, not '{text}'") from problem
+    if not numbers:
+        raise typer.BadParameter("--pretrain is a number of classes, or a list of them")
+    return numbers if "," in text else numbers[0]
+
+
 def read_seeds(text: str) -> int | list[int]:
     """A number of seeds, or a list of them."""
     import typer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palimpsest.cli.loading import import_modules, listed, read_seeds
+from palimpsest.cli.loading import import_modules, listed, read_classes, read_seeds
 from palimpsest.cli.options import (
     AsJson,
     Change,
@@ -31,6 +31,7 @@ EXAMPLE = (
     "palimpsest retain --data digits --stream class:5x2 --methods er,der++ --seeds 3 --out runs/digits\n\n"
     "palimpsest retain --stream class:5x2 --stream task:5x2 --methods finetune,er,joint --epochs 10 --every 5\n\n"
     "palimpsest retain --stream domain:permuted:5:online --methods er --set methods.0.settings.memory=500\n\n"
+    "palimpsest retain --stream class:3x2 --pretrain 4 --model small_vit --methods finetune,rehearsal-free\n\n"
     "palimpsest retain recipe.yaml --set training.lr=0.05"
 )
 ALL_FAILED = 3
@@ -55,6 +56,14 @@ def command(
     seeds: Seeds = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Architecture; mlp if none is named.")
+    ] = None,
+    pretrain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|A,B,...",
+            help="Train the network on so many classes (or these) first; the stream has the others. "
+            "More with --set pretraining.epochs=20.",
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over each experience.")] = None,
     every: Annotated[
@@ -86,6 +95,7 @@ def command(
         "methods": listed(methods) or None,
         "seeds": read_seeds(seeds) if seeds is not None else None,
         "model": model,
+        "pretraining.classes": read_classes(pretrain) if pretrain is not None else None,
         "training.epochs": epochs,
         "every": every,
         "store": store,

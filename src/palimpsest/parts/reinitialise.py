@@ -21,6 +21,11 @@ def starting(model: nn.Module, start: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether a model is marked as one that started from weights learnt elsewhere."""
+    return getattr(model, START_ATTRIBUTE, None) is not None
+
+
 def fresh_start(model: nn.Module, runtime: Runtime) -> nn.Module:
     """Where an honest retraining begins: the pretrained weights that a model started from, else new ones.
 

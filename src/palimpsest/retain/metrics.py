@@ -213,6 +213,53 @@ def drop_from_best(matrix: ScoreMatrix) -> float:
     return float(np.mean(np.nanmax(matrix.scores, 0) - matrix.at_the_end))
 
 
+def global_forgetting(matrix: ScoreMatrix, sizes: Sequence[int]) -> float:
+    """F^G of "A Closer Look at Rehearsal-Free Continual Learning" (arXiv 2203.17269); positive is forgetting.
+
+    1/(N-1) sum over i >= 2 and n < i of |T_n| / |T_1..i| (R[n,n] - R[i,n]), with R[i,n] the accuracy on task n
+    after task i with answers among the classes of the tasks 1 to n (see `retain.restricted`).
+
+    Args:
+        matrix: R.
+        sizes: Classes of each task.
+
+    Raises:
+        InvalidAudit: If the sizes do not fit the matrix.
+    """
+    tasks = matrix.scores.shape[1]
+    if len(sizes) != tasks or min(sizes, default=0) < 1:
+        raise InvalidAudit(
+            f"{tasks} tasks need as many numbers of classes, each at least 1; not {list(sizes)}."
+        )
+    if tasks < 2:
+        return float("nan")
+    share = np.asarray(sizes, float)[None, :] / np.cumsum(sizes)[:, None]
+    lost = matrix.at_their_time[None, :] - matrix.scores[:tasks]
+    later = np.tril_indices(tasks, -1)
+    return float((share * lost)[later].sum() / (tasks - 1))
+
+
+def local_forgetting(matrix: ScoreMatrix) -> float:
+    """F^L of arXiv 2203.17269: 1/(N-1) sum over n < N of A[n,n] - A[N,n]; positive is forgetting.
+
+    A[i,n] is the accuracy on task n after task i with answers among its own classes alone.
+    """
+    return -matrix.backward_transfer
+
+
+def forgetting_by_steps(matrix: ScoreMatrix) -> float:
+    """The forgetting of the CODA-Prompt repository: mean over steps of the mean loss since the step before.
+
+    1/(N-1) sum over t >= 2 and i < t of (y[t-1,i] - y[t,i]) / (t-1). It compares with the previous step, not
+    with a task's own as the papers' formulas do.
+    """
+    tasks = matrix.scores.shape[1]
+    if tasks < 2:
+        return float("nan")
+    scores = matrix.scores
+    return float(np.mean([(scores[t - 1, :t] - scores[t, :t]).mean() for t in range(1, tasks)]))
+
+
 def positive_backward_transfer(matrix: ScoreMatrix) -> float:
     """BWT+ (Diaz-Rodriguez et al., 2018): mean over all later steps of the change of each task, at least 0."""
     change = np.tril(matrix.scores - matrix.at_their_time, -1)

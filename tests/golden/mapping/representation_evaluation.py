@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from palimpsest.audit.similarity import batch_cka, knn_accuracy, linear_cka, linear_hsic, rbf_cka
+from palimpsest.audit.similarity import batch_cka, knn_accuracy
+from palimpsest.parts.cka import linear_cka, linear_hsic, rbf_cka
 
 Data = dict[str, Any]
 

@@ -19,7 +19,7 @@ from palimpsest.retain.heads import head_of, masked
 from palimpsest.retain.learner import Keeps, learner
 from palimpsest.retain.streams import Experience
 from palimpsest.retain.student import Student
-from palimpsest.retain.teacher import snapshot
+from palimpsest.retain.teacher import check_old, snapshot
 
 
 @learner(
@@ -110,6 +110,11 @@ def distillation(
     past: Bool[Tensor, " classes"],
     temperature: float = 2.0,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the new softmax under the old one, past classes only, mean over the batch, no T^2."""
+    """Cross-entropy of the new softmax under the old one, past classes only, mean over the batch, no T^2.
+
+    Raises:
+        ModelMismatch: If the old network has another number of outputs.
+    """
+    check_old(logits, old)
     target = F.softmax(old[:, past] / temperature, 1)
     return F.cross_entropy(logits[:, past] / temperature, target)

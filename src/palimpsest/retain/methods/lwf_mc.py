@@ -16,7 +16,7 @@ from palimpsest.core.unlearner import Paper
 from palimpsest.retain.learner import Keeps, learner
 from palimpsest.retain.streams import Experience
 from palimpsest.retain.student import Student
-from palimpsest.retain.teacher import snapshot
+from palimpsest.retain.teacher import check_old, snapshot
 
 
 @learner(
@@ -73,9 +73,19 @@ def sigmoid_loss(
     old: Float[Tensor, "batch classes"],
     past: Bool[Tensor, " classes"],
     met: Bool[Tensor, " classes"],
+    weight: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Binary cross-entropy, summed over the classes met, mean over the batch; targets of past ones sigma(old)."""
+    """Binary cross-entropy, summed over the classes met, mean over the batch; targets of past ones sigma(old).
+
+    Terms of past classes count `weight` times.
+
+    Raises:
+        ModelMismatch: If the old network has another number of outputs.
+    """
+    check_old(logits, old)
     one_hot = F.one_hot(labels.long(), logits.shape[1]).to(logits)
     target = torch.where(past, torch.sigmoid(old), one_hot)
-    whole = F.binary_cross_entropy_with_logits(logits[:, met], target[:, met], reduction="sum")
-    return whole / len(labels)
+    terms = F.binary_cross_entropy_with_logits(logits[:, met], target[:, met], reduction="none")
+    if weight != 1.0:
+        terms = torch.where(past[met], weight * terms, terms)
+    return terms.sum() / len(labels)

@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from palimpsest.audit.similarity import linear_cka
 from palimpsest.core.errors import InvalidRecords, MissingNeed
 from palimpsest.core.records import Records
 from palimpsest.core.split import ForgetSplit
 from palimpsest.forget import forget
 from palimpsest.forget.classifier.laf import representations
 from palimpsest.forget.classifier.laf_r import repair_head
+from palimpsest.parts.cka import linear_cka
 from palimpsest.study.claims.measuring import Setting, measurement
 from palimpsest.tasks.classification import Classification
 

@@ -12,11 +12,11 @@ import palimpsest.audit as audit_verb
 from palimpsest.audit.feature_sets import pass_over
 from palimpsest.audit.forget_lists import forget_list
 from palimpsest.audit.set_measures import mean_cka, neighbours_on_set
-from palimpsest.audit.similarity import linear_cka
 from palimpsest.core.errors import MissingNeed
 from palimpsest.core.records import Records
 from palimpsest.data import load_data
 from palimpsest.forget import forget
+from palimpsest.parts.cka import linear_cka
 from palimpsest.parts.reinitialise import reinitialised
 from palimpsest.parts.training import fit, recipe_of
 from palimpsest.study.claims.measuring import Setting, measurement

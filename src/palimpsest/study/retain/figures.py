@@ -24,6 +24,7 @@ class RetainStudied:
 
     - "newest", "first", "earlier": accuracy at the end on the newest and on the first task, and its mean over
       all but the newest;
+    - "when-new": mean accuracy on every task but the first right after it was learned;
     - "records": training records over all experiences;
     - "start:4-6": mean accuracy on tasks 4 to 6 at the first evaluation while each was learned;
     - "lowest:1:30": lowest accuracy of task 1 in the first 30 steps of the experience after it;
@@ -43,6 +44,7 @@ class RetainStudied:
 
     def __init__(self, result: RetainResult, recipe: RetainRecipe | None = None):
         self.result, self.recipe = result, recipe
+        self._workshop: RetainWorkshop | None = None
         self._learned: dict[tuple[str, str, int], Learned] = {}
         self._measured: dict[tuple[str, str, int, str], float] = {}
         self.cells = {(cell.stream, cell.label, cell.seed): cell for cell in result.cells}
@@ -83,7 +85,8 @@ class RetainStudied:
         if self.recipe is None:
             raise InvalidRecipe("Measurements need the recipe of the study.")
         titles = [method.title for method in self.recipe.methods]
-        return RetainWorkshop(self.recipe).run(self.recipe.streams.index(stream), titles.index(label), seed)
+        self._workshop = self._workshop or RetainWorkshop(self.recipe)
+        return self._workshop.run(self.recipe.streams.index(stream), titles.index(label), seed)
 
     def _compared(self, stream: str, seed: int, label: str, kind: str, what: str) -> float | None:
         """Two figures against each other, as the prefix of a metric says."""
@@ -127,6 +130,9 @@ def figure_of(cell: RetainCell, name: str) -> float | None:
             return outcome["matrix"][-1][0]
         if kind == "earlier":
             return float(np.mean(outcome["matrix"][-1][:-1])) if len(outcome["matrix"]) > 1 else None
+        if kind == "when-new":
+            rows = outcome["matrix"]
+            return float(np.mean([rows[at][at] for at in range(1, len(rows))])) if len(rows) > 1 else None
         if kind == "records":
             return float(sum(outcome["records"]))
         if kind == "start":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -31,6 +32,18 @@ class Learning(Part):
     keep_optimizer: bool = False
     head: Literal["full", "growing"] = "full"
     augmentation: Augmentation = "none"
+
+
+class Pretraining(Learning):
+    """Training of the network on classes that the stream then does not have; its head is new after.
+
+    Attributes:
+        classes: Which, or how many: the largest labels, or with order "seed" drawn anew for each seed.
+        epochs: Passes; 0 leaves the network untrained on the same stream, for comparison.
+    """
+
+    classes: int | list[int]
+    epochs: int = Field(default=10, ge=0)
 
 
 class LearnerOfStudy(Method):
@@ -79,6 +92,8 @@ class RetainRecipe(Part):
         order: "natural" takes classes in ascending order and the same permutations for all seeds; "seed"
             draws them anew for each seed.
         model: Architecture by name; it gets one output per class of the stream.
+        pretraining: Of the network, once per seed for all methods, on classes that the streams are built without;
+            None starts from random weights (or published ones, if the model has them).
         training: The same for all methods.
         methods: Learners by name, with settings.
         seeds: A number of seeds, or the seeds.
@@ -100,6 +115,7 @@ class RetainRecipe(Part):
     streams: Annotated[list[str], BeforeValidator(_many)] = Field(min_length=1)
     order: Literal["natural", "seed"] = "natural"
     model: Annotated[Network, BeforeValidator(_one)] = Network(name="mlp")
+    pretraining: Pretraining | None = None
     training: Learning = Learning()
     methods: Annotated[list[LearnerOfStudy], BeforeValidator(_learners)] = Field(min_length=1)
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_seeds)] = Field(
@@ -124,6 +140,14 @@ class RetainRecipe(Part):
             twice = [value for index, value in enumerate(values) if value in values[:index]]
             if twice:
                 raise ValueError(f"the {kind} {twice[0]} is listed twice")
+        if self.pretraining is not None:
+            domain = [form for form in self.streams if re.search("domain|permuted|rotated", form)]
+            if domain:
+                raise ValueError(f"pretraining on other classes needs streams of classes, not {domain[0]}")
+            try:
+                pretraining_of(self.pretraining)
+            except InvalidHyperparameter as problem:
+                raise ValueError(f"the pretraining: {problem}") from problem
         for method in self.methods:
             try:
                 training_of(self.training, method)
@@ -133,7 +157,10 @@ class RetainRecipe(Part):
 
     def plain(self) -> dict[str, Any]:
         """As plain data that `load_retain_recipe` reads back."""
-        return self.model_dump(mode="json", by_alias=True)
+        plain = self.model_dump(mode="json", by_alias=True)
+        if self.pretraining is None:
+            del plain["pretraining"]  # so that "pretraining.classes=5" can be set
+        return plain
 
     def to_yaml(self) -> str:
         """As a file that `load_retain_recipe` reads back."""
@@ -151,6 +178,16 @@ def training_of(learning: Learning, method: LearnerOfStudy) -> Training:
     if unknown:
         raise InvalidHyperparameter(f"there is no '{unknown[0]}'; known: {', '.join(sorted(known))}.")
     return Training(**{**learning.model_dump(), **method.training})
+
+
+def pretraining_of(pretraining: Pretraining) -> Training:
+    """How the network is pretrained.
+
+    Raises:
+        InvalidHyperparameter: For a value that is refused.
+    """
+    fields = pretraining.model_dump(exclude={"classes"})
+    return Training(**{**fields, "epochs": max(1, pretraining.epochs)})
 
 
 def load_retain_recipe(
@@ -176,6 +213,7 @@ def load_retain_recipe(
 def _fields_at(place: Sequence[str]) -> set[str]:
     kinds: dict[str, type[Part]] = {
         "data": Named, "test_data": Named, "model": Named, "training": Learning, "methods": LearnerOfStudy,
+        "pretraining": Pretraining,
     }  # fmt: skip
     kind = kinds.get(place[0], RetainRecipe) if place else RetainRecipe
     return {field.alias or name for name, field in kind.model_fields.items()}

@@ -183,7 +183,7 @@ def _keep_recipe(folder: Path, recipe: RetainRecipe) -> None:
         if not is_retain_run(folder):
             raise InvalidRecipe(f"{folder} holds another kind of study; choose another folder.")
         old = load_retain_recipe(path)
-        for key in ("data", "test_data", "model", "order"):
+        for key in ("data", "test_data", "model", "order", "pretraining"):
             if getattr(old, key) != getattr(recipe, key):
                 raise InvalidRecipe(f"{folder} holds another study ({key} differs); choose another folder.")
     if not path.is_file() or path.read_text(encoding="utf-8") != recipe.to_yaml():
