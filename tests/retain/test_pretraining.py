@@ -36,7 +36,7 @@ def test_impossible_classes_are_refused(few_digits, classes, words):
 
 
 def test_the_encoder_is_learned_and_the_head_is_new(few_digits, small_mlp, cpu):
-    chosen, left = set_apart(few_digits, 3)
+    chosen, _ = set_apart(few_digits, 3)
     own = few_digits.select(np.isin(few_digits.column("label"), chosen))
     start = small_mlp(3)
     before = {name: value.clone() for name, value in start.state_dict().items()}
