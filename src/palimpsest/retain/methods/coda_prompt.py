@@ -130,7 +130,6 @@ class CodaPrompt:
         with student.learning(experience):
             student.model.eval()
             for epoch in student.epochs():
-                student.model.eval()
                 anneal(student, epoch, self.annealed)
                 for batch in student.batches(experience.records):
                     view = student.augmented(batch)

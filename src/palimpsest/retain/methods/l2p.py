@@ -113,13 +113,9 @@ class L2P:
             places = len(check_blocks("blocks", self.blocks, self.encoder))
             width = self.encoder.attentions[0].width
         with student.runtime.seeded("prompts"):
-            made = nn.ParameterDict(
-                {
-                    "keys": uniform(self.pool, query_width(student)),
-                    "prompts": uniform(places, self.pool, self.length, width),
-                }
-            )
-        self.prompts = student.attach("prompts", made)
+            self.keys = uniform(self.pool, query_width(student))
+            self.prompts = uniform(places, self.pool, self.length, width)
+        student.attach("prompts", nn.ParameterList([self.keys, self.prompts]))
 
     def observe(self, experience: Experience) -> None:
         """Fit prompts, their keys and the head to the new classes."""
@@ -127,11 +123,10 @@ class L2P:
         with student.learning(experience):
             student.model.eval()
             for epoch in student.epochs():
-                student.model.eval()
                 anneal(student, epoch, self.annealed)
                 for batch in student.batches(experience.records):
                     view = student.augmented(batch)
-                    similar = cosines(query(student, view), self.prompts["keys"])
+                    similar = cosines(query(student, view), self.keys)
                     picked = nearest(similar, self.top, self.batchwise)
                     with self.shown(picked):
                         logits = student.logits(view)
@@ -143,14 +138,14 @@ class L2P:
         """The allowed class of largest logit, each record with the prompts that it picks itself."""
         student, allowed = self.student, self.student.allowed(batch)
         with evaluating(student.model):
-            picked = nearest(cosines(query(student, batch), self.prompts["keys"]), self.top)
+            picked = nearest(cosines(query(student, batch), self.keys), self.top)
             with self.shown(picked):
                 logits = student.logits(batch)
         return masked(logits, allowed).argmax(1)
 
     def shown(self, picked: Int[Tensor, "batch top"]) -> AbstractContextManager[None]:
         """The network as it sees the picked prompts, one after the other."""
-        prompts = [part[picked] for part in self.prompts["prompts"]]
+        prompts = [part[picked] for part in self.prompts]
         if self.form == "tokens":
             return tokens(self.encoder, prompts[0].flatten(1, 2), self.read == "prompts")
         half = self.length // 2
