@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from palimpsest.parts.activations import head_name
 from palimpsest.parts.attention import query_key_value
+from palimpsest.parts.reinitialise import reinitialised
 from palimpsest.retain.following import Followed, follow, layer_similarity
+from palimpsest.retain.methods.rehearsal_free import RehearsalFree
+from palimpsest.retain.running import Run
 from palimpsest.study.claims.learned import Learned, Measurement, learned_measurement
 
 
@@ -70,6 +76,31 @@ def others_moved(learned: Learned) -> float:
 def projections_moved(learned: Learned) -> float:
     """Euclidean distance of the query, key and value projections from where they began."""
     return float(sum((gap.square().sum() for gap in _changes(learned, inside=True)), torch.zeros(())).sqrt())
+
+
+@_figure("cost-saved")
+def cost_saved(learned: Learned) -> float:
+    """How much less L2 costs from pretrained weights than from fresh ones.
+
+    Its cost is the accuracy on new tasks right after them, all but the first, without it minus with it.
+    """
+    pretrained = learned.fresh.learner.student.model
+    fresh = reinitialised(pretrained, learned.fresh.runtime)
+    return _cost(learned, fresh) - _cost(learned, pretrained)
+
+
+def _cost(learned: Learned, model: nn.Module) -> float:
+    """What the L2 of a learner costs from a network."""
+    found: list[float] = []
+    for strength in (0.0, cast(RehearsalFree, learned.fresh.learner).l2):
+        made = learned.fresh
+        learner = replace(cast(RehearsalFree, made.learner), l2=strength)
+        run = Run(learner, made.stream, model, made.task, made.training, made.runtime)
+        with run.runtime.limited():
+            while not run.finished:
+                run.advance()
+        found.append(float(np.mean(np.diagonal(np.asarray(run.rows))[1:])))
+    return found[0] - found[1]
 
 
 def _changes(learned: Learned, inside: bool) -> list[Tensor]:
