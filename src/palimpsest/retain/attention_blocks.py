@@ -89,9 +89,7 @@ def attention_blocks(model: nn.Module) -> Blocks:
     places: list[tuple[str, str]] = []
     for name in found:
         parts = name.split(".")
-        inner = [
-            n for n in range(len(parts) - 1, -1, -1) if isinstance(modules[".".join(parts[:n])], LISTS)
-        ]
+        inner = [n for n in range(len(parts) - 1, -1, -1) if isinstance(modules[".".join(parts[:n])], LISTS)]
         if not inner:
             raise ModelMismatch(
                 f"The attention '{name}' of {kind} stands in no list of blocks: prompts need one."
@@ -144,9 +142,7 @@ def prefixes(blocks: Blocks, shown: Mapping[int, Prefix]) -> Generator[None]:
 
 
 @contextmanager
-def tokens(
-    blocks: Blocks, shown: Float[Tensor, "batch length width"], read: bool = False
-) -> Generator[None]:
+def tokens(blocks: Blocks, shown: Float[Tensor, "batch length width"], read: bool = False) -> Generator[None]:
     """Put tokens behind the class token before the first block, without positions.
 
     Args:

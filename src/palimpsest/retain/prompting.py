@@ -90,6 +90,16 @@ def check_prefix(name: str, length: int) -> None:
         )
 
 
+def check_spread(spread: float) -> None:
+    """Prompts and keys begin with values around 0.
+
+    Raises:
+        InvalidHyperparameter: If all would be 0 (a key without direction), or not finite.
+    """
+    if not 0 < spread < math.inf:
+        raise InvalidHyperparameter(f"spread must be above 0 and finite, not {spread}.")
+
+
 def check_weight(name: str, value: float) -> None:
     """Weights of loss terms.
 
@@ -147,9 +157,9 @@ def only_trains(parts: nn.ParameterList, index: int) -> None:
         parameter.requires_grad_(number == index)
 
 
-def uniform(*shape: int) -> nn.Parameter:
-    """Uniform in [-1, 1), from torch's global random state."""
-    return nn.Parameter(torch.rand(shape) * 2 - 1)
+def uniform(*shape: int, spread: float) -> nn.Parameter:
+    """Uniform in [-spread, spread), from torch's global random state."""
+    return nn.Parameter((torch.rand(shape) * 2 - 1) * spread)
 
 
 def _head(student: Student) -> nn.Module:

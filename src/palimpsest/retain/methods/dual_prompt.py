@@ -25,6 +25,7 @@ from palimpsest.retain.prompting import (
     check_blocks,
     check_kept_optimizer,
     check_prefix,
+    check_spread,
     check_tasks,
     check_weight,
     cosines,
@@ -69,6 +70,8 @@ class DualPrompt:
         expert_blocks: Where expert prompts stand. By default blocks 2 to 4; in shallower networks all that the
             default leaves for them.
         key_weight: Weight of the pull on keys.
+        spread: Prompts and keys begin uniform in [-spread, spread). Keys turn only so far in a short training
+            with a small lr: a smaller spread lets them turn faster.
         annealed: Cosine schedule of the lr over the epochs of an experience.
     """
 
@@ -78,6 +81,7 @@ class DualPrompt:
     general_blocks: Sequence[int] | None = None
     expert_blocks: Sequence[int] | None = None
     key_weight: float = 1.0
+    spread: float = 1.0
     annealed: bool = True
 
     def __post_init__(self) -> None:
@@ -86,6 +90,7 @@ class DualPrompt:
         check_prefix("general", self.general)
         check_prefix("expert", self.expert)
         check_weight("key_weight", self.key_weight)
+        check_spread(self.spread)
         if self.expert_blocks is not None and not self.expert_blocks:
             raise InvalidHyperparameter("expert_blocks must name at least one block.")
 
@@ -108,11 +113,11 @@ class DualPrompt:
             raise InvalidHyperparameter(f"Block {both[0]} has both a general and an expert prompt: take one.")
         width, keys = self.encoder.attentions[0].width, query_width(student)
         with student.runtime.seeded("prompts"):
-            self.shared = uniform(len(self.first), self.general, width)
+            self.shared = uniform(len(self.first), self.general, width, spread=self.spread)
             self.experts = nn.ParameterList(
-                uniform(len(self.later), self.expert, width) for _ in range(self.tasks)
+                uniform(len(self.later), self.expert, width, spread=self.spread) for _ in range(self.tasks)
             )
-            self.keys = nn.ParameterList(uniform(keys) for _ in range(self.tasks))
+            self.keys = nn.ParameterList(uniform(keys, spread=self.spread) for _ in range(self.tasks))
         student.attach("general prompt", nn.ParameterList([self.shared]))
         student.attach("expert prompts", self.experts)
         student.attach("keys", self.keys)

@@ -23,6 +23,7 @@ from palimpsest.retain.prompting import (
     anneal,
     check_blocks,
     check_prefix,
+    check_spread,
     check_weight,
     cosines,
     frozen,
@@ -65,6 +66,8 @@ class L2P:
             prefixes only the class token.
         batchwise: Whether in training all records of a batch take the prompts that most of them pick, as in the
             published code. Never when predicting.
+        spread: Prompts and keys begin uniform in [-spread, spread). Keys turn only so far in a short training
+            with a small lr: a smaller spread lets them turn faster.
         annealed: Cosine schedule of the lr over the epochs of an experience.
     """
 
@@ -76,6 +79,7 @@ class L2P:
     blocks: Sequence[int] = (0,)
     read: Literal["prompts", "class"] = "prompts"
     batchwise: bool = False
+    spread: float = 1.0
     annealed: bool = True
 
     def __post_init__(self) -> None:
@@ -85,6 +89,7 @@ class L2P:
                 f"pool={self.pool}."
             )
         check_weight("key_weight", self.key_weight)
+        check_spread(self.spread)
         known = {"form": ("tokens", "prefix"), "read": ("prompts", "class")}
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -113,8 +118,8 @@ class L2P:
             places = len(check_blocks("blocks", self.blocks, self.encoder))
             width = self.encoder.attentions[0].width
         with student.runtime.seeded("prompts"):
-            self.keys = uniform(self.pool, query_width(student))
-            self.prompts = uniform(places, self.pool, self.length, width)
+            self.keys = uniform(self.pool, query_width(student), spread=self.spread)
+            self.prompts = uniform(places, self.pool, self.length, width, spread=self.spread)
         student.attach("prompts", nn.ParameterList([self.keys, self.prompts]))
 
     def observe(self, experience: Experience) -> None:
