@@ -169,9 +169,7 @@ def test_tokens_stand_behind_the_class_token_and_are_read_as_their_mean(network)
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(getattr(logits, "logits", logits), head(out[:, 0]), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(
-        getattr(read, "logits", read), head(out[:, 1:5].mean(1)), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(getattr(read, "logits", read), head(out[:, 1:5].mean(1)), atol=1e-5, rtol=1e-4)
 
 
 def test_networks_without_such_attention_are_refused_with_what_to_take():

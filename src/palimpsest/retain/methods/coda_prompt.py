@@ -145,9 +145,8 @@ class CodaPrompt:
     def predict(self, batch: Batch) -> Int[Tensor, " batch"]:
         """The allowed class of largest logit, with the components of all experiences met."""
         student, allowed = self.student, self.student.allowed(batch)
-        with evaluating(student.model):
-            with self.shown(query(student, batch)):
-                logits = student.logits(batch)
+        with evaluating(student.model), self.shown(query(student, batch)):
+            logits = student.logits(batch)
         return masked(logits, allowed).argmax(1)
 
     def shown(self, queries: Float[Tensor, "batch dim"]) -> AbstractContextManager[None]:

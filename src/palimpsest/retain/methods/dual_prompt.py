@@ -149,9 +149,8 @@ class DualPrompt:
     def predict(self, batch: Batch) -> Int[Tensor, " batch"]:
         """The allowed class of largest logit, with the expert prompt of the nearest key."""
         student, allowed = self.student, self.student.allowed(batch)
-        with evaluating(student.model):
-            with self.shown(self.chosen(batch)):
-                logits = student.logits(batch)
+        with evaluating(student.model), self.shown(self.chosen(batch)):
+            logits = student.logits(batch)
         return masked(logits, allowed).argmax(1)
 
     @torch.no_grad()
