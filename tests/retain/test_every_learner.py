@@ -188,7 +188,8 @@ def test_with_a_task_id_only_classes_of_the_task_are_answered(name, few_digits, 
 def test_it_learns_a_domain_incremental_stream(name, few_digits, small_network, cpu):
     # a frozen encoder knows no permuted pixels
     stream = parse_stream("domain:rotated:0,40" if name in PROMPTED else "domain:permuted:2", few_digits)
-    outcome = finished(run_of(name, stream, small_network, cpu, training=Training(6, 0.1, 8))).outcome()
+    training = Training(8, 0.02, 8, optimizer="adam") if name in PROMPTED else Training(6, 0.1, 8)
+    outcome = finished(run_of(name, stream, small_network, cpu, training=training)).outcome()
     assert np.isfinite(outcome.matrix.scores).all()
     assert outcome.matrix.scores[0, 0] > 0.5
     assert outcome.measures()["FWT"] is not None
