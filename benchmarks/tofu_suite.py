@@ -3,7 +3,7 @@
 The model has learnt a generated world, as TOFU's have learnt its authors. On its own, a metric makes every pass
 that its definition needs; reference values of the retrained model are known beforehand on either side.
 
-Run: python benchmarks/tofu_suite.py [--world tiny]
+Run: python benchmarks/tofu_suite.py [--world tiny] [--write]
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from speed_page import table, write_section
 from torch import nn
 
 import palimpsest as pal
@@ -308,11 +307,16 @@ def prepared(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=sorted(LEARNT_WORLDS), default="tiny")
-    compare(*prepared(*learnt(parser.parse_args().world)))
+    parser.add_argument("--write", action="store_true", help="put the table into docs/results/speed.md")
+    settings = parser.parse_args()
+    text = compare(*prepared(*learnt(settings.world)))
+    print(text)
+    if settings.write:
+        write_section("tofu-suite", text)
 
 
-def compare(asked: Asked, evidence: Evidence, ratios: dict[str, float]) -> None:
-    """Measure both ways, and print passes, seconds and the largest difference of a value."""
+def compare(asked: Asked, evidence: Evidence, ratios: dict[str, float]) -> str:
+    """Measure both ways; the table of passes and seconds with the largest difference of a value."""
     taken: dict[str, tuple[float, dict[str, int], Values]] = {}
     for name in ("shared", "alone"):
         asked.passes = {"sequences": 0, "generated": 0}
@@ -321,18 +325,20 @@ def compare(asked: Asked, evidence: Evidence, ratios: dict[str, float]) -> None:
         taken[name] = (time.perf_counter() - start, dict(asked.passes), values)
     (quick, few, mine), (slow, many, theirs) = taken["shared"], taken["alone"]
     sizes = ", ".join(f"{name} {len(questions)}" for name, questions in asked.sets.items())
-    table = Table(title=f"{len(mine)} metrics of one model ({sizes} questions)")
-    for column in ("", "sequences scored", "answers generated", "seconds"):
-        table.add_column(column)
-    table.add_row("shared passes", str(few["sequences"]), str(few["generated"]), f"{quick:.1f}")
-    table.add_row("metric by metric", str(many["sequences"]), str(many["generated"]), f"{slow:.1f}")
     shares = [many[name] / few[name] for name in ("sequences", "generated")]
-    table.add_row("ratio", f"{shares[0]:.1f}", f"{shares[1]:.1f}", f"{slow / quick:.1f}")
-    Console().print(table)
+    rows = [
+        ["shared passes", str(few["sequences"]), str(few["generated"]), f"{quick:.1f}"],
+        ["metric by metric", str(many["sequences"]), str(many["generated"]), f"{slow:.1f}"],
+        ["ratio", f"{shares[0]:.1f}", f"{shares[1]:.1f}", f"{slow / quick:.1f}"],
+    ]
     assert mine.keys() == theirs.keys()
     worst = max(mine, key=lambda name: abs(mine[name] - theirs[name]))
-    Console().print(f"largest difference: {abs(mine[worst] - theirs[worst]):.2g} ({worst})")
     np.testing.assert_allclose([mine[name] for name in theirs], list(theirs.values()), rtol=1e-4, atol=1e-5)
+    told = f"{len(mine)} metrics of one model ({sizes} questions)."
+    differs = f"Largest difference of a value: {abs(mine[worst] - theirs[worst]):.2g} ({worst})."
+    return (
+        f"{told}\n\n{table(['how', 'sequences scored', 'answers generated', 'seconds'], rows)}\n\n{differs}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The assistant has the first K blocks of the target. Weights are random; the time does not depend on them.
 
-Run: python benchmarks/uld_overhead.py [--layers 8] [--width 256] [--tokens 64] [--batch 8] [--repeats 5]
+Run: python benchmarks/uld_overhead.py [--layers 8] [--width 256] [--tokens 64] [--batch 8] [--repeats 5] [--write]
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import statistics
 import time
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from speed_page import table, write_section
 from torch import nn
 
 from palimpsest.forget.language.combine import Combined, Difference
@@ -40,6 +39,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/results/speed.md")
     settings = parser.parse_args()
     length = settings.prompt + settings.tokens
     target = small_llama(settings.vocabulary, settings.width, settings.layers, heads=4, length=length)
@@ -58,13 +58,15 @@ def main() -> None:
         for name, model in models.items():
             times[name].append(seconds(model, ids, settings.tokens))
     base = times["target alone"]
-    table = Table(title=f"{settings.batch} prompts, {settings.tokens} tokens each, width {settings.width}")
-    for column in ("", "ms per token of a batch", "ratio to the target alone"):
-        table.add_column(column)
+    rows: list[list[str]] = []
     for name, own in times.items():
         ratio = statistics.median(one / other for one, other in zip(own, base, strict=True))
-        table.add_row(name, f"{1000 * statistics.median(own) / settings.tokens:.2f}", f"{ratio:.2f}")
-    Console(width=100).print(table)
+        rows.append([name, f"{1000 * statistics.median(own) / settings.tokens:.2f}", f"{ratio:.2f}"])
+    sizes = f"{settings.batch} prompts, {settings.tokens} tokens each, width {settings.width}."
+    text = f"{sizes}\n\n{table(['model', 'ms per token of a batch', 'ratio to the target alone'], rows)}"
+    print(text)
+    if settings.write:
+        write_section("uld-overhead", text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ no second model is kept; only a retain term that compares whole distributions ("
 the largest resident size of a process of its own that makes a few steps, less that of one that only loads the
 model, in multiples of the model's own size.
 
-Run: python benchmarks/unlearning_memory.py [--width 512]
+Run: python benchmarks/unlearning_memory.py [--width 512] [--write]
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import json
 import resource
 import subprocess
 import sys
+
+from speed_page import table, write_section
 
 WAYS = {
     "NPO, likelihoods computed once": {"retain": "nll"},
@@ -52,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--way", help="measure this process: a JSON object of settings, or null")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/results/speed.md")
     given = parser.parse_args()
     if given.way is not None:
         print(json.dumps(measure(given.width, json.loads(given.way))))
@@ -63,10 +66,15 @@ def main() -> None:
         return tuple(json.loads(done.stdout.splitlines()[-1]))
 
     before, size = apart(None)
-    print(f"a model of {size:.0f} MB; SGD, so that no optimizer state blurs the picture")
+    rows: list[list[str]] = []
     for name, settings in WAYS.items():
         peak, _ = apart(settings)
-        print(f"{name:42} {peak - before:7.0f} MB more, {(peak - before) / size:.1f} x the model")
+        rows.append([name, f"{peak - before:.0f}", f"{(peak - before) / size:.1f}"])
+    about = f"A model of {size:.0f} MB; SGD, so that no optimizer state blurs the picture."
+    text = f"{about}\n\n{table(['way', 'MB more', 'multiples of the model'], rows)}"
+    print(text)
+    if given.write:
+        write_section("unlearning-memory", text)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ from typer.main import get_command
 
 from palimpsest.cli.audits import audit_listing
 from palimpsest.cli.main import app
-from palimpsest.cli.methods import method_listing
+from palimpsest.cli.methods import learner_listing, method_listing
 from palimpsest.core.auditing import AUDITS
 from palimpsest.core.needs import Need
 from palimpsest.core.unlearner import UNLEARNERS
+from palimpsest.retain.learner import LEARNERS, Keeps
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "replications" / "results"
@@ -48,6 +49,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
                 folder = title.lower()
                 pages = [{name: f"{folder}/{name}.md"} for name, _ in own(registry.items())]
                 section[title] = [f"{folder}/index.md", *pages]
+        if "Methods" in section:
+            pages = [{name: f"learners/{name}.md"} for name, _ in own(LEARNERS.items())]
+            section["Methods"].append({"Learners": ["learners/index.md", *pages]})
     return config
 
 
@@ -69,6 +73,9 @@ def generated_pages() -> dict[str, str]:
         "methods/index.md": _index(
             "Methods", "can make a trained model forget.", method_listing().markdown()
         ),
+        "learners/index.md": _index(
+            "Learners", "learns a stream and keeps what it knows.", learner_listing().markdown()
+        ),
         "audits/index.md": _index("Audits", "ask what a model still knows.", audit_listing().markdown()),
         "reference/cli.md": cli_page(),
         "results.md": results_page(sorted(RESULTS.glob("*.json"))),
@@ -76,6 +83,7 @@ def generated_pages() -> dict[str, str]:
     }
     pages.update({f"methods/{name}.md": method_page(name, cls) for name, cls in own(UNLEARNERS.items())})
     pages.update({f"audits/{name}.md": audit_page(name, cls) for name, cls in own(AUDITS.items())})
+    pages.update({f"learners/{name}.md": learner_page(name, cls) for name, cls in own(LEARNERS.items())})
     return pages
 
 
@@ -111,6 +119,35 @@ def method_page(name: str, cls: type[Any]) -> str:
             "## Use",
             f"```bash\npalimpsest compare {example_of(card.tasks)} --methods {name} --seeds 3\n```",
             f'```python\nunlearned = pal.forget(model, parts, method="{name}", task=task, seed=0)\n```',
+        ]
+    )
+
+
+def learner_page(name: str, cls: type[Any]) -> str:
+    """A learner: paper, streams, what it keeps, docstring, hyperparameters, how to call it."""
+    card = cls.card
+    summary, body, attributes = docstring_of(cls)
+    paper = card.paper
+    title = f"[{paper.title}]({paper.link})" if paper and paper.link else paper.title if paper else ""
+    about = [
+        ("Published", f"{title}, {paper.venue}" if paper else "no single paper; common practice"),
+        ("Streams", ", ".join(card.scenarios)),
+        ("Keeps", ", ".join(kept.value for kept in Keeps if kept in card.keeps) or "nothing"),
+        ("Code", f"`{cls.__module__}`"),
+    ]
+    first = "class:5x2" if "class" in card.scenarios else f"{card.scenarios[0]}:5x2"
+    form = "domain:permuted:5" if first.startswith("domain") else first
+    return "\n\n".join(
+        [
+            f"# {name}",
+            f"*{summary}*",
+            table(("", ""), about),
+            body,
+            "## Hyperparameters",
+            settings_table(cls, attributes),
+            "## Use",
+            f"```bash\npalimpsest retain --data digits --stream {form} --methods {name} --seeds 3\n```",
+            f'```python\noutcome = palimpsest.retain.learn("{name}", stream, network)\n```',
         ]
     )
 
@@ -278,14 +315,14 @@ def _cell(text: str) -> str:
 
 
 def _index(title: str, what: str, listing: str) -> str:
-    linked = re.sub(r"^\| `([\w-]+)` \|", r"| [`\1`](\1.md) |", listing, flags=re.MULTILINE)
-    names = {name for registry in (UNLEARNERS, AUDITS) for name, _ in own(registry.items())}
+    linked = re.sub(r"^\| `([\w+-]+)` \|", r"| [`\1`](\1.md) |", listing, flags=re.MULTILINE)
+    names = {name for registry in (UNLEARNERS, AUDITS, LEARNERS) for name, _ in own(registry.items())}
     rows = [line for line in linked.splitlines() if _is_listed(line, names)]
     return f"# {title}\n\nWhat {what}\n\n" + "\n".join(rows)
 
 
 def _is_listed(line: str, names: set[str]) -> bool:
-    found = re.match(r"\| \[`([\w-]+)`\]", line)
+    found = re.match(r"\| \[`([\w+-]+)`\]", line)
     return found is None or found[1] in names
 
 
@@ -354,4 +391,5 @@ FILLINGS: dict[str, Callable[[], str]] = {
     "report-picture": _picture,
     "add-a-method": _contributing,
     "methods": lambda: method_listing().markdown(),
+    "learners": lambda: learner_listing().markdown(),
 }

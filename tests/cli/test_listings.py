@@ -31,7 +31,7 @@ def test_a_file_is_brought_up_to_date_between_its_marks(run, tmp_path):
     assert run("methods", "--into", page).exit_code == 0
     text = page.read_text()
     assert text.startswith("before\n<!-- methods:begin -->\n| name |") and text.endswith("end -->\nafter\n")
-    assert "old" not in text and "| `ssd` |" in text
+    assert "\nold\n" not in text and "| `ssd` |" in text
     page.write_text("no marks")
     assert run("methods", "--into", page).exit_code == 2 and page.read_text() == "no marks"
 
@@ -67,3 +67,16 @@ def test_advice_names_the_setting_that_stands_for_missing_data(run):
     assert "full_importance" in run("advise", "--have", "model,forget-data").stdout
     everything = run("advise", "--have", ",".join(need.value for need in Need), "--json")
     assert {row["can_run"] for row in json.loads(everything.stdout)["methods"]} == {"yes"}
+
+
+def test_the_listing_of_learners_says_papers_streams_what_they_keep_and_settings(run):
+    from palimpsest.retain import LEARNERS
+
+    rows = {row["name"]: row for row in json.loads(run("methods", "--learners", "--json").stdout)}
+    assert set(rows) == set(LEARNERS.names())
+    for name, cls in LEARNERS.items():
+        assert set(rows[name]["keeps"]) == {kept.value for kept in cls.card.keeps}
+        assert rows[name]["streams"] == list(cls.card.scenarios) and rows[name]["summary"]
+    assert "memory=200" in rows["er"]["settings"] and rows["er"]["link"].endswith("1902.10486")
+    both = run("methods", "--markdown").stdout
+    assert "| `der++` |" in both and "| `ssd` |" in both

@@ -50,6 +50,16 @@ def test_every_method_and_audit_has_a_page_that_is_linked(site):
                 assert f">{name}" in (site / folder / f"{name}.html").read_text()
 
 
+def test_every_learner_has_a_page_with_its_settings(builder):
+    from palimpsest.retain.learner import LEARNERS
+
+    pages = builder.generated_pages()
+    for name, cls in LEARNERS.items():
+        if cls.__module__.startswith("palimpsest.retain."):
+            assert f"[`{name}`]({name}.md)" in pages["learners/index.md"]
+            assert all(f"`{field}`" in pages[f"learners/{name}.md"] for field in cls.__dataclass_fields__)
+
+
 def test_no_mark_is_left_unfilled(site):
     for page in site.rglob("*.html"):
         assert "<!-- fill" not in page.read_text()

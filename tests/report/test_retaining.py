@@ -13,6 +13,7 @@ from palimpsest.report.retaining import (
     retain_html,
     write_retain_report,
 )
+from palimpsest.retain.metrics import accuracy_interval
 from palimpsest.study.retain import RetainResult, retain
 
 RECIPE = {
@@ -65,6 +66,22 @@ def test_curves_keep_the_lowest_point_of_each_stretch(result):
         ),
         rel=1e-5,
     )
+
+
+def test_curves_have_bands_as_wide_as_the_records_that_were_drawn_allow(result):
+    rows = [row for row in rows_of(curves_chart(result)) if row["shown"] == "task 1"]
+    for row in rows:
+        low, high = accuracy_interval(row["mean"], 2 * 20)
+        assert row["low"] <= low + 1e-4 and row["high"] >= high - 1e-4 and row["low"] < row["high"]
+
+
+def test_min_acc_carries_an_interval_in_the_json_and_in_the_table(result):
+    stored = result.to_dict()
+    for row in stored["summary"]:
+        low, high = row["sampling"]["min-ACC"]
+        assert low <= row["min-ACC"]["mean"] <= high and "WC-ACC" in row["sampling"]
+        assert f"[{100 * low:.0f}, {100 * high:.0f}]" in retain_html(result)
+    assert all(cell["sampling"]["min-ACC"][0] < cell["sampling"]["min-ACC"][1] for cell in stored["cells"])
 
 
 def test_the_page_holds_every_chart_and_no_name_can_end_a_script(result, tmp_path):

@@ -18,6 +18,7 @@ from palimpsest.retain.metrics import (
     minimum_accuracies,
     minimum_accuracy,
     positive_backward_transfer,
+    sampling_intervals,
     summary,
     upper_mean,
     windowed,
@@ -127,3 +128,24 @@ def test_measures_of_the_whole_matrix_that_online_papers_report():
     assert positive_backward_transfer(matrix) == 0  # (-0.3 - 0.2 + 0.1) / 3
     risen = ScoreMatrix(np.array([[0.5, 0.0], [0.8, 0.5]]))
     assert positive_backward_transfer(risen) == pytest.approx(0.3)
+
+
+def test_sampling_intervals_hold_the_truth_as_often_as_they_say_though_the_lowest_is_chosen():
+    random, held = np.random.default_rng(0), 0
+    truth = np.array([[0.9, 0.4, 0.3, 0.35, 0.5, 0.45], [0.8] * 6])
+    for _ in range(200):
+        drawn = random.binomial(40, truth) / 40
+        rows = [(drawn[0, 0],), *(tuple(drawn[:, now]) for now in range(1, 6))]
+        history = History((0, 1, 1, 1, 1, 1), tuple(rows), sizes=(40, 40))
+        found, value = sampling_intervals(history), minimum_accuracy(history)
+        assert found["min-ACC"][0] <= value <= found["min-ACC"][1]
+        assert found["WC-ACC"][0] <= worst_case_accuracy(history) <= found["WC-ACC"][1]
+        held += found["min-ACC"][0] <= 0.3 <= found["min-ACC"][1]
+    assert held >= 190
+
+
+def test_one_task_has_the_exact_interval_of_its_accuracy_and_no_minimum():
+    history = History((0, 0), ((0.2,), (0.9,)), sizes=(20,))
+    found = sampling_intervals(history)
+    assert found["WC-ACC"] == found["ACC"] == accuracy_interval(0.9, 20) and "min-ACC" not in found
+    assert sampling_intervals(History((), ())) == {} == sampling_intervals(of_lives([[0.5]], [0]))

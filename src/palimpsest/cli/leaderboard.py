@@ -30,15 +30,26 @@ def command(
     workers: Annotated[int, typer.Option(min=0, help="Processes of this machine; 0 works in this one.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Run a leaderboard: hyperparameters from a validation request, figures from others, verdicts, cost.
+    """Run a leaderboard: hyperparameters from a validation request or stream, figures from others, cost.
 
     The same command resumes one that was interrupted.
     """
     from palimpsest.study.leaderboard import load_leaderboard, run_leaderboard
+    from palimpsest.study.retain.leaderboard import (
+        is_retain_leaderboard,
+        load_retain_leaderboard,
+        run_retain_leaderboard,
+    )
 
-    leaderboard = load_leaderboard(file)
-    place = out or Path("runs", "leaderboards", leaderboard.name)
-    path = run_leaderboard(leaderboard, place, results, listed(boards) or None, workers)
+    wanted = listed(boards) or None
+    if is_retain_leaderboard(file):
+        learners = load_retain_leaderboard(file)
+        place = out or Path("runs", "leaderboards", learners.name)
+        path = run_retain_leaderboard(learners, place, results, wanted, workers)
+    else:
+        leaderboard = load_leaderboard(file)
+        place = out or Path("runs", "leaderboards", leaderboard.name)
+        path = run_leaderboard(leaderboard, place, results, wanted, workers)
     if as_json:
         emit(json.loads(path.read_text(encoding="utf-8")))
     say(f"results: {path}, {path.with_suffix('.md')}")

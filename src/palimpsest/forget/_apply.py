@@ -62,7 +62,8 @@ def forget(
         if check_split is not None:
             check_split(split)
     recipe = recipe_of(model)
-    unlearned = unlearner.unlearn(model, split, task, runtime)
+    with torch.enable_grad():  # whatever the caller has switched off around us
+        unlearned = unlearner.unlearn(model, split, task, runtime)
     for name, tensor in unlearned.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteLoss(f"Method '{unlearner.card.name}' diverged: '{name}' holds NaN or Inf.")

@@ -26,6 +26,7 @@ from palimpsest.report.style import (
     faded,
     specification,
 )
+from palimpsest.retain.metrics import accuracy_interval
 from palimpsest.study.retain.result import PERCENT, SHOWN, RetainResult, shown
 
 BINS = 240
@@ -82,7 +83,11 @@ def retain_html(result: RetainResult) -> str:
     labels, streams = labels_of(result), streams_of(result)
     names = [name for name in SHOWN if any(name in row.measures for row in result.summary())]
     rows = [
-        Row(item.stream, item.label, tuple(shown(name, item.measures.get(name)) for name in names))
+        Row(
+            item.stream,
+            item.label,
+            tuple(shown(name, item.measures.get(name), item.sampling.get(name)) for name in names),
+        )
         for item in result.summary()
     ]
     data = {
@@ -171,19 +176,30 @@ def curve_frame(result: RetainResult) -> pd.DataFrame:
     rows: list[dict[str, object]] = []
     for cell in result.done:
         history = cell.outcome["history"]
-        last = max(history["steps"], default=0)
+        last, sizes = max(history["steps"], default=0), history["sizes"]
         for step, now, row in zip(history["steps"], history["learning"], history["accuracy"], strict=True):
             about = {"request": cell.stream, "label": cell.label, "seed": cell.seed, "last": last, "at": step}
             if now:
                 rows.append(
-                    {**about, "shown": "mean of the earlier tasks", "value": float(np.mean(row[:now]))}
+                    {
+                        **about,
+                        "shown": "mean of the earlier tasks",
+                        "value": float(np.mean(row[:now])),
+                        "size": sum(sizes[:now]),
+                    }
                 )
-            rows += [{**about, "shown": f"task {task + 1}", "value": value} for task, value in enumerate(row)]
+            rows += [
+                {**about, "shown": f"task {task + 1}", "value": value, "size": sizes[task]}
+                for task, value in enumerate(row)
+            ]
     return pd.DataFrame(rows)
 
 
 def curves_chart(result: RetainResult) -> dict[str, Any] | None:
-    """The stability gap: accuracy step by step, the lowest value of every stretch of steps."""
+    """The stability gap: accuracy step by step, the lowest value of every stretch of steps.
+
+    Bands are the wider of two 95 % intervals: over seeds, and of an accuracy on so many records in all.
+    """
     frame = curve_frame(result)
     if not len(frame):
         return None
@@ -191,7 +207,14 @@ def curves_chart(result: RetainResult) -> dict[str, Any] | None:
     frame["step"] = (frame["at"] // width) * width
     own = ["request", "label", "shown", "step"]
     lowest = frame.groupby([*own, "seed"], sort=False)["value"].min().reset_index()
-    means = averaged(lowest, own, "value")
+    sizes = frame.groupby([*own, "seed"], sort=False)["size"].min().groupby(own, sort=False).sum()
+    means = averaged(lowest, own, "value").merge(sizes.reset_index(), on=own, how="left")
+    drawn = [
+        accuracy_interval(value, int(size)) for value, size in zip(means["mean"], means["size"], strict=True)
+    ]
+    means["low"] = np.minimum(means["low"], [low for low, _ in drawn])
+    means["high"] = np.maximum(means["high"], [high for _, high in drawn])
+    means = means.drop(columns="size")
     return _lines(
         result, means, "step:Q", "optimiser steps", ["mean of the earlier tasks", *_tasks(frame)], False
     )
@@ -283,7 +306,8 @@ PANELS = (
     Panel("matrix", "Accuracy matrix", "Row: after which experience; column: on which task. A column that darkens "
           "downwards is a task that is forgotten.", matrix_chart, wide=True),
     Panel("curves", "While learning", "Accuracy on tasks met, step by step; each point is the lowest of its stretch. "
-          "A deep notch that heals is the stability gap.", curves_chart, wide=True),
+          "A deep notch that heals is the stability gap. Bands are 95 % intervals: over seeds, or of the records that "
+          "were drawn for evaluation, whichever is wider.", curves_chart, wide=True),
     Panel("time", "Task by task", "Accuracy after every experience.", over_time_chart),
     Panel("measures", "All measures", "Bars are means over seeds, lines their 95 % intervals.", measures_chart),
     Panel("cost", "Time and memory", "Up and left is better. A larger point keeps more beside its network.",

@@ -273,6 +273,38 @@ def upper_mean(matrix: ScoreMatrix) -> float:
     return float(above.mean()) if len(above) else float("nan")
 
 
+def sampling_intervals(history: History, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
+    """What the metrics of a subsampled evaluation may be on all records of which its own are a draw.
+
+    Every accuracy that a metric looks at gets an exact interval, wide enough (Bonferroni) that all of them hold
+    together with this confidence; the metric's interval is then what it is for the lower and for the upper ends.
+    That covers the choice of the lowest of many evaluations, and is wide where there are many. Windowed drops and
+    rises have none. Empty without evaluations or sizes.
+    """
+    if not history.learning or len(history.sizes) < history.tasks:
+        return {}
+    tasks, last = history.tasks, history.learning[-1]
+
+    def ends(accuracy: float, task: int, looked_at: int) -> NDArray[np.float64]:
+        size = history.sizes[task]
+        apart = 1 - (1 - confidence) / looked_at
+        return np.array(clopper_pearson(round(accuracy * size), size, apart))
+
+    final = [ends(history.accuracy[-1][task], task, tasks) for task in range(tasks)]
+    found = {"ACC": np.mean(final, 0)}
+    lowest = minimum_accuracies(history)
+    later = sum(int((history.of_task(task)[1] > task).sum()) for task in lowest)
+    if lowest:
+        minima = [ends(value, task, later) for task, value in lowest.items()]
+        found["min-ACC"] = np.mean(minima, 0)
+        shared = [ends(value, task, later + 1) for task, value in lowest.items()]
+        current = ends(history.accuracy[-1][last], last, later + 1)
+        found["WC-ACC"] = current / tasks + (1 - 1 / tasks) * np.mean(shared, 0)
+    else:
+        found["WC-ACC"] = ends(history.accuracy[-1][last], last, 1)
+    return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+
+
 def accuracy_interval(accuracy: float, size: int) -> tuple[float, float]:
     """Exact 95 % interval of an accuracy measured on `size` records."""
     return clopper_pearson(round(accuracy * size), size)

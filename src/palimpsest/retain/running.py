@@ -19,7 +19,7 @@ from palimpsest.core.task import Task
 from palimpsest.parts.reinitialise import check_finite
 from palimpsest.retain.evaluation import ContinualEvaluation, TestSet
 from palimpsest.retain.learner import Keeps, Learner, build_learner
-from palimpsest.retain.metrics import History, summary
+from palimpsest.retain.metrics import History, sampling_intervals, summary
 from palimpsest.retain.streams import Stream
 from palimpsest.retain.student import Student, Training, online
 from palimpsest.tasks.classification import Classification
@@ -92,6 +92,7 @@ class Outcome:
             "kept_bytes": list(self.kept_bytes),
             "steps": self.steps,
             "measures": self.measures(),
+            "sampling": {name: list(ends) for name, ends in sampling_intervals(self.history).items()},
         }
 
 

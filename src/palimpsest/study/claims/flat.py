@@ -14,6 +14,7 @@ from torch import nn
 from palimpsest.core.records import Records
 from palimpsest.core.split import ForgetSplit
 from palimpsest.data import load_data
+from palimpsest.data.people_templates import RELATIONS
 from palimpsest.forget import forget
 from palimpsest.forget.language.flat_divergences import DIVERGENCES
 from palimpsest.parts.refusals import REFUSALS
@@ -47,7 +48,7 @@ class Taught:
     def of(cls, setting: Setting) -> Taught:
         """The original, trained further on its own records and on questions about strangers."""
         task = language(setting)
-        relations = sorted({name for name in setting.split.train.column("relation") if name})
+        relations = sorted(RELATIONS.keys() & set(setting.split.train.column("relation")))
         others = load_data(
             "people",
             people=STRANGERS,

@@ -14,6 +14,7 @@ from palimpsest.parts.activations import head_name
 from palimpsest.parts.attention import query_key_value
 from palimpsest.parts.reinitialise import reinitialised
 from palimpsest.retain.following import Followed, follow, layer_similarity
+from palimpsest.retain.learner import Learner
 from palimpsest.retain.methods.rehearsal_free import RehearsalFree
 from palimpsest.retain.running import Run
 from palimpsest.study.claims.learned import Learned, Measurement, learned_measurement
@@ -86,16 +87,16 @@ def cost_saved(learned: Learned) -> float:
     """
     pretrained = learned.fresh.learner.student.model
     fresh = reinitialised(pretrained, learned.fresh.runtime)
-    return _cost(learned, fresh) - _cost(learned, pretrained)
+    return _cost(learned, fresh, False) - _cost(learned, pretrained, True)
 
 
-def _cost(learned: Learned, model: nn.Module) -> float:
-    """What the L2 of a learner costs from a network."""
+def _cost(learned: Learned, model: nn.Module, pretrained: bool) -> float:
+    """What the L2 of a learner costs from a network; only a pretrained one is an anchor of the first task."""
     found: list[float] = []
     for strength in (0.0, cast(RehearsalFree, learned.fresh.learner).l2):
         made = learned.fresh
-        learner = replace(cast(RehearsalFree, made.learner), l2=strength)
-        run = Run(learner, made.stream, model, made.task, made.training, made.runtime)
+        learner = replace(cast(RehearsalFree, made.learner), l2=strength, pretrained=pretrained)
+        run = Run(cast(Learner, learner), made.stream, model, made.task, made.training, made.runtime)
         with run.runtime.limited():
             while not run.finished:
                 run.advance()

@@ -90,6 +90,8 @@ class RetainSummary:
     label: str
     seeds: int
     measures: Mapping[str, Mean]
+    sampling: Mapping[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    """Mean over seeds of the ends of the intervals that subsampled evaluation leaves (`sampling_intervals`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -101,6 +103,7 @@ class RetainSummary:
                 name: {"mean": mean, "half_width": half, "n": n}
                 for name, (mean, half, n) in self.measures.items()
             },
+            "sampling": {name: list(ends) for name, ends in self.sampling.items()},
         }
 
 
@@ -146,7 +149,7 @@ class RetainResult:
         for name in names:
             table.add_column(SHOWN[name], justify="right")
         for row in rows:
-            cells = [shown(name, row.measures.get(name)) for name in names]
+            cells = [shown(name, row.measures.get(name), row.sampling.get(name)) for name in names]
             table.add_row(*([row.stream] if len(streams) > 1 else []), row.label, *cells)
         return table
 
@@ -163,8 +166,8 @@ class RetainResult:
         return write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
-def shown(name: str, mean: Mean | None) -> str:
-    """A mean with its half width, as a table shows it."""
+def shown(name: str, mean: Mean | None, sampling: tuple[float, float] | None = None) -> str:
+    """A mean with its half width over seeds, and in brackets what subsampled evaluation leaves open."""
     if mean is None:
         return ""
     value, half, _ = mean
@@ -172,7 +175,8 @@ def shown(name: str, mean: Mean | None) -> str:
         return f"{value / 1e6:.2f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
     scale, digits = (100, 1) if name in PERCENT else (1, 1)
     interval = "" if half is None else f" ± {scale * half:.{digits}f}"
-    return f"{scale * value:.{digits}f}{interval}"
+    drawn = "" if sampling is None else " [{:.0f}, {:.0f}]".format(*(scale * end for end in sampling))
+    return f"{scale * value:.{digits}f}{interval}{drawn}"
 
 
 def _summary(stream: str, label: str, cells: list[RetainCell]) -> RetainSummary:
@@ -184,4 +188,14 @@ def _summary(stream: str, label: str, cells: list[RetainCell]) -> RetainSummary:
     peaks = [float(cell.peak_bytes) for cell in cells if cell.peak_bytes]
     if peaks:
         measures["peak bytes"] = mean_and_half_width(peaks)
-    return RetainSummary(stream, label, len(cells), measures)
+    known = [cell.outcome.get("sampling", {}) for cell in cells]
+    sampling = {
+        name: (_mean_end(known, name, 0), _mean_end(known, name, 1))
+        for name in known[0]
+        if all(name in each for each in known)
+    }
+    return RetainSummary(stream, label, len(cells), measures, sampling)
+
+
+def _mean_end(known: list[Mapping[str, list[float]]], name: str, end: int) -> float:
+    return sum(each[name][end] for each in known) / len(known)

@@ -1,0 +1,74 @@
+"""The leaderboard of learners: searched on one stream, reported on another."""
+
+import json
+
+import pytest
+
+from palimpsest.core.errors import InvalidRecipe
+from palimpsest.study.retain.leaderboard import (
+    RetainLeaderboard,
+    load_retain_leaderboard,
+    run_retain_leaderboard,
+    search_recipe,
+)
+
+TINY = {
+    "kind": "retain",
+    "name": "tiny",
+    "title": "Tiny",
+    "memory": 30,
+    "seeds": 2,
+    "methods": [
+        {"name": "finetune"},
+        {"name": "er", "search": {"replay_batch": [4, 8]}},
+        {"name": "icarl", "rates": [0.1]},
+    ],
+    "boards": {
+        "rotated": {
+            "title": "Rotated digits",
+            "recipe": {"data": "digits", "streams": ["domain:rotated:0,40"], "model": "mlp", "training": {"batch_size": 64}},
+            "tune": {"streams": ["domain:permuted:2"]},
+            "rates": [0.0001, 0.1],
+            "skip": {"icarl": "needs new classes"},
+        }
+    },
+}  # fmt: skip
+
+
+def test_every_combination_is_searched_on_the_other_stream_with_a_seed_that_is_not_reported():
+    board = RetainLeaderboard.model_validate(TINY)
+    recipe = search_recipe(board, board.boards["rotated"])
+    assert recipe.streams == ["domain:permuted:2"]
+    assert recipe.seeds == [2]
+    assert [method.name for method in recipe.methods] == ["finetune"] * 2 + ["er"] * 4
+    assert {method.settings["memory"] for method in recipe.methods if method.name == "er"} == {30}
+
+
+def test_the_better_rate_is_reported_over_all_seeds_and_an_interrupted_board_goes_on(tmp_path):
+    board = RetainLeaderboard.model_validate(TINY)
+    path = run_retain_leaderboard(board, tmp_path / "runs", tmp_path, workers=0, progress=False)
+    content = json.loads(path.read_text())
+    rows = {row["learner"]: row for row in content["boards"]["rotated"]["rows"]}
+    assert set(rows) == {"finetune", "er"}
+    assert all(row["found"]["lr"] == 0.1 for row in rows.values())  # the other does not learn in one pass
+    assert rows["er"]["measures"]["accuracy"][2] == 2
+    page = path.with_suffix(".md").read_text()
+    assert "icarl: needs new classes" in page
+    again = run_retain_leaderboard(board, tmp_path / "runs", tmp_path, workers=0, progress=False)
+    assert json.loads(again.read_text())["boards"] == content["boards"]
+
+
+def test_a_board_that_is_not_there_and_a_file_that_is_none_are_refused(tmp_path):
+    board = RetainLeaderboard.model_validate(TINY)
+    with pytest.raises(InvalidRecipe, match="no board 'nowhere'"):
+        run_retain_leaderboard(board, tmp_path / "runs", tmp_path, boards=["nowhere"])
+    file = tmp_path / "bad.yaml"
+    file.write_text("kind: retain\nname: x\n")
+    with pytest.raises(InvalidRecipe, match="cannot be used"):
+        load_retain_leaderboard(file)
+
+
+def test_the_leaderboard_of_the_project_can_be_used():
+    board = load_retain_leaderboard("leaderboards/retain.yaml")
+    for setting in board.boards.values():
+        assert search_recipe(board, setting).methods
