@@ -18,6 +18,7 @@ def turned_digits() -> Records:
     so that classes that are kept apart share none.
     """
     records = digits()
+    assert records.tensors is not None
     images, labels = records.tensors["input"].clone(), records.tensors["label"].clone()
     for digit in range(10):
         turned = (labels == digit).nonzero().flatten()[1::2]
