@@ -64,7 +64,9 @@ def test_streams_and_methods_are_compared_with_the_same_seed():
     assert figure("er", "accuracy@absent") is None
 
 
-@pytest.mark.parametrize("slug", ["cl-baselines", "stability-gap", "power-law", "view-batch", "fpf", "sharp", "prompting"])
+@pytest.mark.parametrize(
+    "slug", ["cl-baselines", "stability-gap", "power-law", "view-batch", "fpf", "sharp", "prompting"]
+)
 def test_the_replications_can_be_read_and_their_claims_name_what_is_there(slug):
     replication = load_replication(HERE / f"{slug}.yaml")
     recipes = {name: load_retain_recipe({"name": name, **tree}) for name, tree in replication.studies.items()}
