@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from palimpsest.core.errors import InvalidRecipe
+from palimpsest.core.errors import InvalidRecipe, PalimpsestError
+from palimpsest.retain import LEARNERS
 from palimpsest.study.retain.leaderboard import (
     RetainLeaderboard,
     load_retain_leaderboard,
+    report_recipe,
     run_retain_leaderboard,
     search_recipe,
 )
@@ -68,7 +70,32 @@ def test_a_board_that_is_not_there_and_a_file_that_is_none_are_refused(tmp_path)
         load_retain_leaderboard(file)
 
 
-def test_the_leaderboard_of_the_project_can_be_used():
-    board = load_retain_leaderboard("leaderboards/retain.yaml")
-    for setting in board.boards.values():
-        assert search_recipe(board, setting).methods
+def test_what_a_later_board_refuses_is_refused_before_the_first_search(tmp_path):
+    boards = {
+        **TINY["boards"],
+        "later": {**TINY["boards"]["rotated"], "skip": {}, "recipe": {**TINY["boards"]["rotated"]["recipe"]}},
+    }
+    board = RetainLeaderboard.model_validate({**TINY, "boards": boards})
+    with pytest.raises(PalimpsestError, match="icarl"):
+        run_retain_leaderboard(board, tmp_path / "runs", tmp_path, workers=0, progress=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_learner_that_no_search_carried_to_the_end_is_named_as_failed(tmp_path):
+    wild = {**TINY, "methods": [{"name": "finetune"}, {"name": "er", "rates": [1e30]}], "seeds": 1}
+    path = run_retain_leaderboard(
+        RetainLeaderboard.model_validate(wild), tmp_path / "runs", tmp_path, workers=0, progress=False
+    )
+    board = json.loads(path.read_text())["boards"]["rotated"]
+    assert [row["learner"] for row in board["rows"]] == ["finetune"]
+    assert any(line.startswith("er:") for line in board["failed"])
+
+
+def test_every_learner_is_on_a_board_of_the_project_and_every_board_can_be_run():
+    leaderboard = load_retain_leaderboard("leaderboards/retain.yaml")
+    shown = set()
+    for board in leaderboard.boards.values():
+        shown |= {method.name for method in search_recipe(leaderboard, board).methods}
+        if board.recipe["data"] == "digits":  # other data are not on every machine
+            report_recipe(leaderboard, board, {method.name: method for method in leaderboard.methods}, "x")
+    assert shown == set(LEARNERS.names())

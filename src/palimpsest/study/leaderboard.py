@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, JsonValue, ValidationError
@@ -38,6 +38,7 @@ COLUMNS = {
     "share": "share of retraining",
 }
 PERCENT = ("retain", "test", "gap forget", "share")
+_Board = TypeVar("_Board")
 
 
 class Board(Part):
@@ -130,16 +131,12 @@ def run_leaderboard(
         CannotWrite: If results cannot be written.
     """
     board = source if isinstance(source, Leaderboard) else load_leaderboard(source)
-    wanted = list(board.boards) if boards is None else list(boards)
-    unknown = [key for key in wanted if key not in board.boards]
-    if unknown:
-        raise InvalidRecipe(f"The leaderboard has no board '{unknown[0]}'; it has {', '.join(board.boards)}.")
-    recipes = {key: _recipes(board, board.boards[key]) for key in wanted}
+    wanted = chosen_boards(board.boards, boards)
+    recipes = {key: _recipes(board, settings) for key, settings in wanted.items()}
     folder, target = Path(out), check_writable(Path(results)) / f"{board.name}.json"
     written = _read(target)
-    for key in wanted:
+    for key, settings in wanted.items():
         searched, reported = recipes[key]
-        settings = board.boards[key]
         tuned = tune(
             searched, folder / key / "tuning", settings.trials or board.trials, budget=board.budget,
             workers=workers, progress=progress, first=_first(settings, searched),
@@ -158,6 +155,19 @@ def run_leaderboard(
         write_text(target, json.dumps(content, indent=1) + "\n")
         write_text(target.with_suffix(".md"), to_markdown(content))
     return target
+
+
+def chosen_boards(boards: Mapping[str, _Board], wanted: Sequence[str] | None) -> dict[str, _Board]:
+    """The boards that are asked for, in that order; all by default.
+
+    Raises:
+        InvalidRecipe: For a key that there is no board of.
+    """
+    keys = list(boards) if wanted is None else list(wanted)
+    unknown = [key for key in keys if key not in boards]
+    if unknown:
+        raise InvalidRecipe(f"The leaderboard has no board '{unknown[0]}'; it has {', '.join(boards)}.")
+    return {key: boards[key] for key in keys}
 
 
 def to_markdown(content: Mapping[str, Any]) -> str:

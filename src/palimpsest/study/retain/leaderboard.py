@@ -14,12 +14,14 @@ from pydantic import Field, ValidationError
 from palimpsest.core.errors import InvalidRecipe
 from palimpsest.core.writing import check_writable, write_text
 from palimpsest.retain.learner import LEARNERS
+from palimpsest.study.leaderboard import chosen_boards
 from palimpsest.study.recipe import read_tree
 from palimpsest.study.replication import versions
 from palimpsest.study.request import Part
 from palimpsest.study.retain.recipe import LearnerOfStudy, RetainRecipe, load_retain_recipe
 from palimpsest.study.retain.result import SHOWN, RetainResult, shown
 from palimpsest.study.retain.verb import retain
+from palimpsest.study.retain.workshop import RetainWorkshop
 
 
 class Searched(LearnerOfStudy):
@@ -118,13 +120,12 @@ def run_retain_leaderboard(
     Raises:
         InvalidRecipe, UnknownName, ...: Bad input, before any work.
     """
-    unknown = [key for key in boards or () if key not in leaderboard.boards]
-    if unknown:
-        raise InvalidRecipe(f"There is no board '{unknown[0]}'; known: {', '.join(leaderboard.boards)}.")
-    chosen = {key: board for key, board in leaderboard.boards.items() if not boards or key in boards}
+    chosen = chosen_boards(leaderboard.boards, boards)
     searches = {key: search_recipe(leaderboard, board) for key, board in chosen.items()}
+    untuned = {method.name: method for method in leaderboard.methods}
     for key, board in chosen.items():  # what could be refused is refused before the first search
-        report_recipe(leaderboard, board, {method.name: method for method in leaderboard.methods}, key)
+        RetainWorkshop(searches[key]).check()
+        RetainWorkshop(report_recipe(leaderboard, board, untuned, key)).check()
     path = Path(results) / f"{leaderboard.name}.json"
     check_writable(path.parent)
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -242,9 +243,8 @@ def _entry(
             "measures": {name: list(mean) for name, mean in row.measures.items()},
             "found": {**best[row.label].training, **best[row.label].settings},
         }
-        for row in result.summary()
+        for row in sorted(result.summary(), key=lambda row: -row.measures["accuracy"][0])
     ]
-    rows.sort(key=lambda row: -row["measures"]["accuracy"][0])
     lost = [f"{name}: no combination of the search ended" for name in wanted if name not in best]
     return {
         "title": board.title,

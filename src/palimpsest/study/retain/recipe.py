@@ -186,8 +186,9 @@ def pretraining_of(pretraining: Pretraining) -> Training:
     Raises:
         InvalidHyperparameter: For a value that is refused.
     """
-    fields = pretraining.model_dump(exclude={"classes"})
-    return Training(**{**fields, "epochs": max(1, pretraining.epochs)})
+    fields: dict[str, Any] = pretraining.model_dump(exclude={"classes"})
+    fields["epochs"] = max(1, pretraining.epochs)
+    return Training(**fields)
 
 
 def load_retain_recipe(
