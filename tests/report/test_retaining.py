@@ -9,6 +9,7 @@ from palimpsest.core.errors import InvalidAudit
 from palimpsest.report.retaining import (
     PANELS,
     curves_chart,
+    gradients_chart,
     matrix_chart,
     retain_html,
     write_retain_report,
@@ -75,6 +76,21 @@ def test_curves_have_bands_as_wide_as_the_records_that_were_drawn_allow(result):
         assert row["low"] <= low + 1e-4 and row["high"] >= high - 1e-4 and row["low"] < row["high"]
 
 
+def test_norms_of_the_gradients_are_drawn_where_they_were_noted(result, tmp_path):
+    assert gradients_chart(result) is None
+    told = retain({**RECIPE, "gradients": True, "seeds": 1}, tmp_path, progress=False)
+    cell = next(cell for cell in told.cells if cell.label != "finetune" and cell.stream == "class:3x2")
+    rows = [row for row in rows_of(gradients_chart(told)) if row["request"] == "class:3x2"]
+    assert {row["part"] for row in rows} == {"plasticity", "stability"}
+    assert {row["label"] for row in rows} == {cell.label}, "finetune holds on to nothing"
+    largest = max(row["mean"] for row in rows if row["part"] == "plasticity")
+    assert largest <= max(cell.outcome["gradients"]["plasticity"]) + 1e-6
+    plain = next(
+        c for c in result.cells if (c.label, c.stream, c.seed) == (cell.label, cell.stream, cell.seed)
+    )
+    assert cell.outcome["matrix"] == plain.outcome["matrix"] and cell.key != plain.key
+
+
 def test_min_acc_carries_an_interval_in_the_json_and_in_the_table(result):
     stored = result.to_dict()
     for row in stored["summary"]:
@@ -89,7 +105,7 @@ def test_the_page_holds_every_chart_and_no_name_can_end_a_script(result, tmp_pat
     data = json.loads(
         re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1].replace("<\\/", "</")
     )
-    assert set(data["charts"]) == {panel.key for panel in PANELS}
+    assert set(data["charts"]) == {panel.key for panel in PANELS} - {"gradients"}  # which were not noted
     assert data["requests"] == ["class:3x2", "domain:permuted:2"]
     assert "</script>er" not in page
     assert "http://" not in re.sub(

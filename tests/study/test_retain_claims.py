@@ -64,6 +64,25 @@ def test_streams_and_methods_are_compared_with_the_same_seed():
     assert figure("er", "accuracy@absent") is None
 
 
+def test_figures_of_gradients_are_read_off_the_rows_of_later_tasks():
+    made = cell("er", "one")
+    made.outcome["gradients"] = {
+        "steps": [0, 1, 2, 3, 4, 5],
+        "learning": [0, 1, 1, 1, 2, 2],
+        "plasticity": [1.0, 30.0, 4.0, 2.0, 50.0, 3.0],
+        "stability": [9.0, 2.0, 1.0, 2.0, 1.0, 1.0],
+        "cosine": [0.0] * 6,
+    }
+    assert figure_of(made, "gradients:first") == 15.0  # of 15 and 50
+    assert figure_of(made, "gradients:last:2") == pytest.approx(53 / 2)  # of 6/3 and 53/2
+    assert figure_of(made, "gradients:held") == 2.0
+    made.outcome["gradients"]["stability"] = [0.0] * 6
+    assert figure_of(made, "gradients:held") == 0.0 and figure_of(made, "gradients:first") == float("inf")
+    with pytest.raises(InvalidRecipe, match="last:STEPS"):
+        figure_of(made, "gradients:middle")
+    assert figure_of(cell("er", "one"), "gradients:first") is None
+
+
 @pytest.mark.parametrize(
     "slug", ["cl-baselines", "stability-gap", "power-law", "view-batch", "fpf", "sharp", "prompting"]
 )

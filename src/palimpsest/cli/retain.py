@@ -69,6 +69,9 @@ def command(
     every: Annotated[
         int | None, typer.Option(min=0, help="Steps between evaluations while learning; 0 makes none.")
     ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Note the norms of plasticity and stability at every step.")
+    ] = False,
     workers: Workers = None,
     store: StoreUrl = None,
     out: RunFolder = None,
@@ -98,6 +101,7 @@ def command(
         "pretraining.classes": read_classes(pretrain) if pretrain is not None else None,
         "training.epochs": epochs,
         "every": every,
+        "gradients": gradients or None,
         "store": store,
         "imports": imports or None,
     }

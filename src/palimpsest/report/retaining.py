@@ -220,6 +220,48 @@ def curves_chart(result: RetainResult) -> dict[str, Any] | None:
     )
 
 
+def gradient_frame(result: RetainResult) -> pd.DataFrame:
+    """Norms of both parts of the gradient at every step that has both."""
+    rows = [
+        {
+            "request": cell.stream, "label": cell.label, "seed": cell.seed, "step": step, "cosine": cosine,
+            "plasticity": new, "stability": held,
+        }
+        for cell in result.done
+        if (noted := cell.outcome.get("gradients"))
+        for step, new, held, cosine in zip(
+            noted["steps"], noted["plasticity"], noted["stability"], noted["cosine"], strict=True
+        )
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def gradients_chart(result: RetainResult) -> dict[str, Any] | None:
+    """What pulls at the weights, step by step: the gradient of new records, and what holds on to old ones."""
+    frame = gradient_frame(result)
+    if not len(frame):
+        return None
+    width = max(1, -(-int(frame["step"].max()) // BINS))
+    frame["step"] = (frame["step"] // width) * width
+    parts = frame.melt(["request", "label", "seed", "step"], ["plasticity", "stability"], "part", "value")
+    parts = parts[parts["value"] > 0]  # of a logarithmic axis
+    means = averaged(parts, ["request", "label", "part", "step"], "value")
+    lines = (
+        alt.Chart(ROWS)
+        .mark_line(strokeWidth=1.5, clip=True)
+        .encode(
+            x=alt.X("step:Q", title="optimiser steps"),
+            y=alt.Y("mean:Q", title="norm of the gradient", scale=alt.Scale(type="log")),
+            color=colour(labels_of(result)),
+            strokeDash=alt.StrokeDash("part:N", title=None),
+            opacity=faded(),
+            tooltip=["label:N", "part:N", "step:Q", alt.Tooltip("mean:Q", format=".3g"), "n:Q"],
+        )
+        .properties(width=WIDTH, height=HEIGHT)
+    )
+    return specification(lines, means, streams_of(result))
+
+
 def measures_chart(result: RetainResult) -> dict[str, Any] | None:
     """A measure of all methods, with intervals over seeds."""
     names = [name for name in PERCENT if any(cell.measure(name) is not None for cell in result.done)]
@@ -308,6 +350,9 @@ PANELS = (
     Panel("curves", "While learning", "Accuracy on tasks met, step by step; each point is the lowest of its stretch. "
           "A deep notch that heals is the stability gap. Bands are 95 % intervals: over seeds, or of the records that "
           "were drawn for evaluation, whichever is wider.", curves_chart, wide=True),
+    Panel("gradients", "What pulls at the weights", "Where a task begins, what it asks of the weights (plasticity) is far "
+          "larger than what holds on to old tasks (stability): the gap opens. Averages over stretches of steps and "
+          "seeds; norms of 0 are left out.", gradients_chart, wide=True),
     Panel("time", "Task by task", "Accuracy after every experience.", over_time_chart),
     Panel("measures", "All measures", "Bars are means over seeds, lines their 95 % intervals.", measures_chart),
     Panel("cost", "Time and memory", "Up and left is better. A larger point keeps more beside its network.",

@@ -18,6 +18,7 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.task import Task
 from palimpsest.parts.reinitialise import check_finite
 from palimpsest.retain.evaluation import ContinualEvaluation, TestSet
+from palimpsest.retain.forces import Forces
 from palimpsest.retain.learner import Keeps, Learner, build_learner
 from palimpsest.retain.metrics import History, sampling_intervals, summary
 from palimpsest.retain.streams import Stream
@@ -38,6 +39,7 @@ class Outcome:
         seconds: Of learning, by experience, without evaluation at its end.
         kept_bytes: Memory of what the learner keeps beside its network, by experience.
         steps: Optimiser steps.
+        gradients: Norms of plasticity and stability by step, in columns (`Forces.to_dict`); empty unless asked for.
         learner: As it is now.
     """
 
@@ -48,6 +50,7 @@ class Outcome:
     seconds: tuple[float, ...]
     kept_bytes: tuple[int, ...]
     steps: int
+    gradients: Mapping[str, list[Any]] = field(default_factory=dict[str, list[Any]])
     learner: Learner | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -91,6 +94,7 @@ class Outcome:
             "seconds": list(self.seconds),
             "kept_bytes": list(self.kept_bytes),
             "steps": self.steps,
+            "gradients": dict(self.gradients),
             "measures": self.measures(),
             "sampling": {name: list(ends) for name, ends in sampling_intervals(self.history).items()},
         }
@@ -111,6 +115,7 @@ class Run:
         runtime: Seed and device.
         every: Steps between evaluations while learning; 0 evaluates only after experiences.
         subset: At most so many records of each test in evaluations while learning.
+        gradients: Whether norms of plasticity and stability are noted at every step.
 
     Raises:
         PalimpsestError: If model, task and stream do not fit, before any work.
@@ -126,6 +131,7 @@ class Run:
         runtime: Runtime | None = None,
         every: int = 0,
         subset: int | None = 1000,
+        gradients: bool = False,
     ):
         self.learner, self.stream = learner, stream
         self.task, self.runtime = task or Classification(), runtime or Runtime()
@@ -137,6 +143,7 @@ class Run:
             self.task.check(model, experience.records)
             self.task.check(model, experience.test)
         student = Student(model, self.task, self.runtime, self.training, stream.scenario, stream.classes)
+        student.forces = Forces() if gradients else None
         learner.begin(student)
         self.tests = TestSet(stream.experiences, self.task, self.runtime, stream.scenario == "task")
         self.evaluation = (
@@ -174,7 +181,7 @@ class Run:
         history = self.evaluation.history if self.evaluation is not None else History((), ())
         return Outcome(
             ScoreMatrix(np.asarray(self.rows)), self.tests.sizes, tuple(self.untrained), history,
-            tuple(self.seconds), tuple(self.kept), self.learner.student.steps, self.learner,
+            tuple(self.seconds), tuple(self.kept), self.learner.student.steps, self._gradients(), self.learner,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,6 +193,7 @@ class Run:
             "kept": self.kept,
             "learner": self.learner.state_dict(),
             "evaluation": self.evaluation.state_dict() if self.evaluation else None,
+            "gradients": self._gradients(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -196,6 +204,12 @@ class Run:
         self.learner.load_state_dict(state["learner"])
         if self.evaluation is not None and state["evaluation"] is not None:
             self.evaluation.load_state_dict(state["evaluation"])
+        if self.learner.student.forces is not None:
+            self.learner.student.forces.load(state["gradients"])
+
+    def _gradients(self) -> dict[str, list[Any]]:
+        forces = self.learner.student.forces
+        return {} if forces is None else forces.to_dict()
 
     def _task_row(self, index: int) -> list[float]:
         """Accuracy on the tasks met; a task id that was never met has no classes to choose from."""
@@ -235,6 +249,7 @@ def learn(
     runtime: Runtime | None = None,
     every: int = 0,
     subset: int | None = 1000,
+    gradients: bool = False,
     **settings: Any,
 ) -> Outcome:
     """Run a learner over a whole stream.
@@ -248,6 +263,7 @@ def learn(
         runtime: Seed and device.
         every: Steps between evaluations while learning; 0 evaluates only after experiences.
         subset: At most so many records of each test in evaluations while learning; None takes all.
+        gradients: Whether norms of plasticity and stability are noted at every step.
         **settings: Hyperparameters of a learner that is given by name.
 
     Raises:
@@ -255,7 +271,7 @@ def learn(
     """
     if isinstance(learner, str):
         learner = build_learner(learner, settings, stream.scenario)
-    run = Run(learner, stream, model, task, training, runtime, every, subset)
+    run = Run(learner, stream, model, task, training, runtime, every, subset, gradients)
     while not run.finished:
         run.advance()
     return run.outcome()

@@ -29,7 +29,9 @@ from palimpsest.core.task import Task
 from palimpsest.parts.activations import head_name
 from palimpsest.parts.recorder import Recorder
 from palimpsest.retain.augmentation import AUGMENTATIONS, Augmentation, view
+from palimpsest.retain.forces import Forces, Held
 from palimpsest.retain.heads import masked, outputs_of, resize_head
+from palimpsest.retain.projection import flat_gradient
 from palimpsest.retain.streams import Experience, Scenario
 
 
@@ -116,6 +118,7 @@ class Student:
         experiences: Experiences learned, or being learned.
         attached: Further modules that are trained and saved with the network (prototypes, projections).
         recorder: Called after every step and every epoch.
+        forces: Notes the two parts of every gradient, if they are asked for.
 
     Raises:
         ModelMismatch: If the model has another number of outputs than there are classes.
@@ -137,6 +140,7 @@ class Student:
         self.attached: dict[str, nn.Module] = {}
         self.steps, self.experiences = 0, 0
         self.recorder: Recorder[Any] | None = None
+        self.forces: Forces | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._head: str | None = getattr(task, "head", None) or head_name(model)
         outputs = outputs_of(model, self._head)
@@ -220,10 +224,23 @@ class Student:
         """Representation before the head, with its graph."""
         return self.task.features(self.model, batch)
 
-    def step(self, loss: Float[Tensor, ""]) -> None:
-        """One descent step on a loss."""
+    def step(self, loss: Float[Tensor, ""], held: Held | None = None) -> None:
+        """One descent step on a loss.
+
+        Args:
+            loss: The whole of it.
+            held: Its part that holds on to what was learned, for `forces`.
+        """
+        stability = None if self.forces is None else self.forces.gradient_of(held, self.parameters())
         self.backward(loss)
+        if stability is not None:
+            self.note(flat_gradient(self.parameters()) - stability, stability)
         self.apply()
+
+    def note(self, plasticity: Float[Tensor, " parameters"], stability: Float[Tensor, " parameters"]) -> None:
+        """Note the gradient of the new records and what holds on to old ones, if `forces` asks for it."""
+        if self.forces is not None:
+            self.forces.note(self.steps, self.experiences - 1, plasticity, stability)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Gradients of a loss, and of nothing else, in the `grad` fields.

@@ -68,8 +68,10 @@ class AGEM:
                         F.cross_entropy(student.logits(student.augmented(batch)), batch["label"])
                     )
                     if reference is not None:
-                        gradient = project_out(flat_gradient(student.parameters()), reference)
-                        set_gradient(student.parameters(), gradient)
+                        gradient = flat_gradient(student.parameters())
+                        projected = project_out(gradient, reference)
+                        student.note(gradient, projected - gradient)
+                        set_gradient(student.parameters(), projected)
                     student.apply()
             for batch in student.batches(experience.records):
                 task = torch.full_like(batch["label"], experience.index)

@@ -65,11 +65,13 @@ class DER:
                     logits = student.logits(student.augmented(batch))
                     loss = F.cross_entropy(logits, batch["label"])
                     stored = self.kept.draw(self.replay_batch or len(batch["label"]))
+                    held = None
                     if stored:
-                        loss = loss + self.alpha * logit_distance(
+                        held = self.alpha * logit_distance(
                             student.logits(student.augmented(stored)), stored["logits"]
                         )
-                    student.step(loss)
+                        loss = loss + held
+                    student.step(loss, held)
                     if self.every_epoch or epoch == 0:
                         self.kept.add(input=batch["input"], label=batch["label"], logits=logits)
 

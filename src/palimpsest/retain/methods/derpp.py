@@ -63,8 +63,9 @@ class DERPP:
                     loss = F.cross_entropy(logits, batch["label"])
                     count = self.replay_batch or len(batch["label"])
                     dark, labelled = self.kept.draw(count), self.kept.draw(count)
+                    held = None
                     if dark:
-                        loss = loss + dark_loss(
+                        held = dark_loss(
                             student.logits(student.augmented(dark)),
                             dark["logits"],
                             student.logits(student.augmented(labelled)),
@@ -72,7 +73,8 @@ class DERPP:
                             self.alpha,
                             self.beta,
                         )
-                    student.step(loss)
+                        loss = loss + held
+                    student.step(loss, held)
                     if self.every_epoch or epoch == 0:
                         self.kept.add(input=batch["input"], label=batch["label"], logits=logits)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Float, Int
@@ -85,7 +86,8 @@ class ER:
                     new = len(batch["label"])
                     both = together(batch, self._draw(self.replay_batch or new))
                     logits = student.logits(student.augmented(both))
-                    student.step(replay_loss(logits, both["label"], new, self.weight))
+                    loss = replay_loss(logits, both["label"], new, self.weight)
+                    student.step(loss, partial(replayed_part, logits, both["label"], new, self.weight))
                     if self.fill == "step" and (self.every_epoch or epoch == 0):
                         self.kept.add(input=batch["input"], label=batch["label"])
             if self.fill == "end":
@@ -129,3 +131,16 @@ def replay_loss(
         return F.cross_entropy(logits, labels)
     current = F.cross_entropy(logits[:new], labels[:new])
     return weight * current + (1 - weight) * F.cross_entropy(logits[new:], labels[new:])
+
+
+def replayed_part(
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"],
+    new: int,
+    weight: float | None = None,
+) -> Float[Tensor, ""] | None:
+    """What replayed records add to `replay_loss`; None if there are none."""
+    if new == len(labels):
+        return None
+    share = (len(labels) - new) / len(labels) if weight is None else 1 - weight
+    return share * F.cross_entropy(logits[new:], labels[new:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from palimpsest.retain.buffers import Reservoir
 from palimpsest.retain.heads import masked
 from palimpsest.retain.learner import Keeps, learner
 from palimpsest.retain.methods.der import check_replay
+from palimpsest.retain.methods.er import replayed_part
 from palimpsest.retain.streams import Experience
 from palimpsest.retain.student import Student, together
 
@@ -61,13 +63,15 @@ class ERACE:
                     replayed = self.kept.draw(self.replay_batch or new) if experience.index else {}
                     both = together(batch, replayed)
                     logits, labels = student.logits(student.augmented(both)), both["label"]
+                    held = None
                     if experience.index == 0:
                         loss = F.cross_entropy(logits, labels)
                     else:
                         loss = asymmetric_cross_entropy(
                             logits[:new], labels[:new], logits[new:], labels[new:]
                         )
-                    student.step(loss)
+                        held = partial(replayed_part, logits, labels, new, 0.5)
+                    student.step(loss, held)
                     if self.every_epoch or epoch == 0:
                         self.kept.add(input=batch["input"], label=batch["label"])
 

@@ -66,9 +66,8 @@ class EWC:
             for _ in student.epochs():
                 for batch in student.batches(experience.records):
                     loss = F.cross_entropy(student.logits(student.augmented(batch)), batch["label"])
-                    for importance, anchor in self.anchors:
-                        loss = loss + self.strength * penalty(student.model, importance, anchor)
-                    student.step(loss)
+                    pulls = [self.strength * penalty(student.model, *pair) for pair in self.anchors]
+                    student.step(sum(pulls, loss), sum(pulls[1:], pulls[0]) if pulls else None)
         batches = student.runtime.batches(experience.records, student.task)
         fisher = fisher_diagonal(student.model, batches, student.task, self.by_probability)
         anchor = weights_of(student.model)

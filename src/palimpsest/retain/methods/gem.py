@@ -63,9 +63,9 @@ class GEM:
                     student.backward(F.cross_entropy(logits, batch["label"]))
                     if references is not None:
                         gradient = flat_gradient(student.parameters())
-                        set_gradient(
-                            student.parameters(), project_into_cone(gradient, references, self.margin)
-                        )
+                        projected = project_into_cone(gradient, references, self.margin)
+                        student.note(gradient, projected - gradient)
+                        set_gradient(student.parameters(), projected)
                     student.apply()
             for batch in student.batches(experience.records):
                 task = torch.full_like(batch["label"], experience.index)

@@ -66,13 +66,15 @@ class LwF:
                 for batch in student.batches(experience.records):
                     logits = student.logits(student.augmented(batch))
                     loss = F.cross_entropy(masked(logits, student.seen[: logits.shape[1]]), batch["label"])
+                    held = None
                     if teacher is not None:
                         with torch.no_grad():
                             old = student.task.logits(teacher, batch)
-                        loss = loss + self.alpha * distillation(
+                        held = self.alpha * distillation(
                             logits, old, past[: logits.shape[1]], self.temperature
                         )
-                    student.step(loss)
+                        loss = loss + held
+                    student.step(loss, held)
 
     def predict(self, batch: Batch) -> Int[Tensor, " batch"]:
         """Labels of a batch."""

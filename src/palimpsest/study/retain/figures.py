@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -28,6 +28,9 @@ class RetainStudied:
     - "records": training records over all experiences;
     - "start:4-6": mean accuracy on tasks 4 to 6 at the first evaluation while each was learned;
     - "lowest:1:30": lowest accuracy of task 1 in the first 30 steps of the experience after it;
+    - "gradients:first": least ratio of plasticity to stability at the first step of an experience that has both,
+      "gradients:last:5": the largest over the last 5 steps of one; "gradients:held": the largest norm of stability
+      at such a first step;
     - any of them with "@STREAM": on another stream of the study, with the same seed;
     - "gain:accuracy@STREAM": there minus here;
     - "drop:accuracy@ONE vs OTHER", "share:records@ONE vs OTHER": one stream minus, or over, another; with
@@ -138,6 +141,9 @@ def figure_of(cell: RetainCell, name: str) -> float | None:
         if kind == "start":
             first, _, last = rest.partition("-")
             return _start(cell, int(first) - 1, int(last or first) - 1)
+        if kind == "gradients":
+            what, _, steps = rest.partition(":")
+            return _gradients(cell, what, int(steps or 1))
         if kind == "lowest":
             task, _, steps = rest.partition(":")
             return _lowest(cell, int(task) - 1, int(steps))
@@ -163,6 +169,36 @@ def _lowest(cell: RetainCell, task: int, steps: int) -> float | None:
     begin = max((step for step, now, _ in rows if now == task), default=0)
     values = [row[task] for step, now, row in rows if now == task + 1 and step <= begin + steps]
     return min(values) if values else None
+
+
+def _gradients(cell: RetainCell, what: str, steps: int) -> float | None:
+    """A figure of the norms of plasticity and stability; norms are added up over several steps.
+
+    Raises:
+        ValueError: For an unknown figure.
+    """
+    found = cell.outcome.get("gradients")
+    if not found or not found["steps"]:
+        return None
+    norms: dict[int, list[tuple[float, float]]] = {}
+    for now, new, held in zip(found["learning"], found["plasticity"], found["stability"], strict=True):
+        norms.setdefault(now, []).append((new, held))
+    later = [rows for now, rows in norms.items() if now > 0]
+    if not later:
+        return None
+    if what == "held":
+        return max(rows[0][1] for rows in later)
+    ratios = [_ratio(rows[:1] if what == "first" else rows[-steps:]) for rows in later]
+    if what == "first":
+        return min(ratios)
+    if what == "last":
+        return max(ratios)
+    raise ValueError(f"gradients are 'first', 'last:STEPS' or 'held', not '{what}'")
+
+
+def _ratio(rows: Sequence[tuple[float, float]]) -> float:
+    held = sum(norm for _, norm in rows)
+    return sum(norm for norm, _ in rows) / held if held else float("inf")
 
 
 def _minimum_of_matrix(matrix: list[list[float]]) -> float:

@@ -99,6 +99,7 @@ class RetainRecipe(Part):
         seeds: A number of seeds, or the seeds.
         every: Steps between evaluations while learning; 0 evaluates only after experiences.
         subset: At most so many records of each test in evaluations while learning.
+        gradients: Whether norms of plasticity and stability are noted at every step.
         workers: Processes; 0 works in this one.
         threads: CPU threads per cell.
         device: "auto", "cpu", "cuda", ...
@@ -123,6 +124,7 @@ class RetainRecipe(Part):
     )
     every: int = Field(default=0, ge=0)
     subset: int | None = Field(default=1000, ge=1)
+    gradients: bool = False
     workers: int = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1)
     device: str = "auto"

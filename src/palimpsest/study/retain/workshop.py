@@ -167,6 +167,8 @@ class RetainWorkshop:
         fields = {"model", "threads", "every", "subset", "order"}
         if recipe.pretraining is not None:
             fields.add("pretraining")
+        if recipe.gradients:
+            fields.add("gradients")
         return [
             SCHEMA,
             recipe.model_dump(mode="json", include=fields),
@@ -243,6 +245,7 @@ class RetainWorkshop:
             runtime=Runtime(seed=seed, device=recipe.device, threads=recipe.threads),
             every=recipe.every,
             subset=recipe.subset,
+            gradients=recipe.gradients,
         )
 
     def do(self, job: Job) -> Done:
