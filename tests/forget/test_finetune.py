@@ -53,3 +53,12 @@ def test_one_plain_step_is_descent_on_the_mean_loss(digits, digits_model, digits
 def test_a_negative_anchor_is_refused(digits_model, class_request, digits_task):
     with pytest.raises(InvalidHyperparameter, match="anchor"):
         finetune(digits_model, class_request, digits_task, anchor=-1.0)
+
+
+def test_whoever_calls_may_have_switched_gradients_off(digits_model, class_request, digits_task):
+    plain = snapshot(finetune(digits_model, class_request, digits_task))
+    with torch.no_grad():
+        quiet = snapshot(finetune(digits_model, class_request, digits_task))
+    start = snapshot(digits_model)
+    assert all(torch.equal(plain[name], quiet[name]) for name in plain)
+    assert not all(torch.equal(plain[name], start[name]) for name in plain)

@@ -170,3 +170,11 @@ def test_texts_are_learned_class_by_class(cpu):
     training = Training(epochs=6, lr=0.01, optimizer="adam")
     outcome = learn("er", stream, model, training=training, runtime=cpu(), memory=40)
     assert outcome.matrix.average > 0.8
+
+
+def test_joint_training_is_said_to_keep_all_earlier_records(few_digits, small_mlp, cpu):
+    stream = parse_stream("class:3x2", few_digits)
+    outcome = learn("joint", stream, small_mlp(6), training=Training(batch_size=32), runtime=cpu())
+    sizes = [len(experience.records) for experience in stream]
+    one = 64 * 4 + 8  # an image of float32 and a label of int64
+    assert outcome.kept_bytes == (0, one * sizes[0], one * (sizes[0] + sizes[1]))

@@ -217,7 +217,7 @@ def global_forgetting(matrix: ScoreMatrix, sizes: Sequence[int]) -> float:
     """F^G of "A Closer Look at Rehearsal-Free Continual Learning" (arXiv 2203.17269); positive is forgetting.
 
     1/(N-1) sum over i >= 2 and n < i of |T_n| / |T_1..i| (R[n,n] - R[i,n]), with R[i,n] the accuracy on task n
-    after task i with answers among the classes of the tasks 1 to n (see `retain.restricted`).
+    after task i with answers among the classes of the tasks 1 to n (see `retain.following`).
 
     Args:
         matrix: R.

@@ -37,7 +37,8 @@ class Outcome:
         untrained: Accuracy of the fresh network on each task; NaN likewise.
         history: Of the continual evaluation; empty if there was none.
         seconds: Of learning, by experience, without evaluation at its end.
-        kept_bytes: Memory of what the learner keeps beside its network, by experience.
+        kept_bytes: Memory of what the learner keeps beside its network, by experience; of earlier records as a
+            whole where it learns them again (joint), if they lie in memory.
         steps: Optimiser steps.
         gradients: Norms of plasticity and stability by step, in columns (`Forces.to_dict`); empty unless asked for.
         learner: As it is now.
@@ -173,7 +174,7 @@ class Run:
         row = self.tests.accuracies(self.learner) if self.stream.scenario != "task" else self._task_row(index)
         met = index + 1 if self.stream.scenario != "domain" else len(self.stream)
         self.rows.append([value if task < met else float("nan") for task, value in enumerate(row)])
-        self.kept.append(kept_bytes(self.learner))
+        self.kept.append(kept_bytes(self.learner) + (self._past_bytes(index) if keeps_all else 0))
         self.done += 1
 
     def outcome(self) -> Outcome:
@@ -206,6 +207,11 @@ class Run:
             self.evaluation.load_state_dict(state["evaluation"])
         if self.learner.student.forces is not None:
             self.learner.student.forces.load(state["gradients"])
+
+    def _past_bytes(self, index: int) -> int:
+        """Memory of all earlier records, for learners that learn them again."""
+        past = [experience.records.tensors for experience in self.stream.experiences[:index]]
+        return sum(_bytes(tensors) for tensors in past if tensors is not None)
 
     def _gradients(self) -> dict[str, list[Any]]:
         forces = self.learner.student.forces

@@ -86,11 +86,17 @@ class EWC:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume."""
         self.student.load_state_dict(state["student"])
-        place = self.student.runtime.torch_device
-        self.anchors = [
-            ({k: v.to(place) for k, v in f.items()}, {k: v.to(place) for k, v in a.items()})
-            for f, a in state["anchors"]
-        ]
+        self.anchors = anchors_of(state, self.student)
+
+
+def anchors_of(state: Mapping[str, Any], student: Student) -> list[tuple[Importance, dict[str, Tensor]]]:
+    """The pairs of importances and weights of a saved state, on the student's device."""
+    place = student.runtime.torch_device
+    return [
+        ({name: value.to(place) for name, value in importance.items()},
+         {name: value.to(place) for name, value in anchor.items()})
+        for importance, anchor in state["anchors"]
+    ]  # fmt: skip
 
 
 def penalty(

@@ -24,7 +24,7 @@ from palimpsest.parts.reinitialise import is_pretrained
 from palimpsest.retain.fisher import Labels, diagonal_fisher, even_importance, importance_of_rows
 from palimpsest.retain.heads import masked
 from palimpsest.retain.learner import Keeps, learner
-from palimpsest.retain.methods.ewc import accumulated, penalty
+from palimpsest.retain.methods.ewc import accumulated, anchors_of, penalty
 from palimpsest.retain.methods.lwf import distillation
 from palimpsest.retain.methods.lwf_mc import sigmoid_loss
 from palimpsest.retain.streams import Experience
@@ -164,11 +164,7 @@ class RehearsalFree:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume."""
         self.student.load_state_dict(state["student"])
-        place = self.student.runtime.torch_device
-        self.anchors = [
-            ({k: v.to(place) for k, v in f.items()}, {k: v.to(place) for k, v in a.items()})
-            for f, a in state["anchors"]
-        ]
+        self.anchors = anchors_of(state, self.student)
 
     def _check(self, experience: Experience, past: Bool[Tensor, " classes"]) -> None:
         back = [label for label in experience.classes if label < len(past) and past[label]]
