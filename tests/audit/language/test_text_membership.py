@@ -110,6 +110,21 @@ def test_gradient_norms_leave_the_model_as_it_was(learnt):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_gradient_norms_of_a_batch_are_those_of_single_records(learnt, monkeypatch):
+    few = copy.copy(learnt.split)
+    object.__setattr__(few, "forget", learnt.split.forget.select(list(range(0, 40, 5))))
+
+    def scores():
+        made = Evidence(learnt.original, few, learnt.task, Runtime(seed=0, device="cpu"))
+        return gradient_signal(made, "unlearned", "forget")
+
+    together = scores()
+    monkeypatch.setattr("palimpsest.audit.language.token_signals.sample_gradient_norms", lambda *_: None)
+    alone = scores()
+    assert len(together) == 8 and (together < 0).all()
+    np.testing.assert_allclose(together, alone, rtol=1e-3)
+
+
 def test_rates_that_cannot_be_resolved_are_refused(judge, evidence):
     found = judge(TextMembership(lowercase=False, rates=(0.001,)), evidence.original)
     assert found["loss_tpr_at_0.001"].judgement is Judgement.INVALID

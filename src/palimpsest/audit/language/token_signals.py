@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from palimpsest.audit.membership import language_signals as signals
 from palimpsest.audit.membership.language_signals import SMALLEST_VARIANCE
+from palimpsest.core.errors import InvalidAudit
 from palimpsest.core.evidence import Evidence
+from palimpsest.core.records import Batch
+from palimpsest.core.task import Task
+from palimpsest.parts.sample_gradients import sample_gradient_norms
 
 Signals = Float[np.ndarray, " texts"]
+TOGETHER = 32
+"""Records of one backward pass of GradNorm."""
 Tokens = Float[Tensor, "texts tokens"]
 
 
@@ -80,24 +86,48 @@ def lowercase_signal(evidence: Evidence, role: str, part: str) -> Signals:
 
 
 def gradient_signal(evidence: Evidence, role: str, part: str) -> Signals:
-    """GradNorm: minus the mean norm of the gradients of every parameter tensor, one backward pass per record."""
+    """GradNorm: minus the mean norm of the gradients of every parameter tensor, [records].
+
+    One backward pass for a batch where the model can be taken apart (`sample_gradient_norms`), else one per record.
+    """
 
     def compute() -> Signals:
         import copy
 
         model = evidence.runtime.place(copy.deepcopy(evidence.model(role))).eval()
-        parameters = list(model.parameters())
+        parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
         for parameter in parameters:
-            parameter.requires_grad_(parameter.is_floating_point())
-        singles = evidence.runtime.batches(evidence.records(part), evidence.task, 1)
-        found = [
-            signals.gradient_norm(evidence.task.loss_per_example(model, batch).mean(), parameters)
-            for batch in singles
-        ]
+            parameter.requires_grad_(True)
+        records, task = evidence.records(part), evidence.task
         evidence.runtime.count_pass(f"{role}/{part} backward")
-        return np.array(found)
+        found: list[Tensor] = []
+        for batch in evidence.runtime.batches(records, task, TOGETHER):
+            scores = gradient_scores(task, model, batch, parameters)
+            if scores is None:
+                break
+            found.append(scores)
+        else:
+            return torch.cat(found).cpu().numpy()
+        losses = (
+            task.loss_per_example(model, one).mean() for one in evidence.runtime.batches(records, task, 1)
+        )
+        return np.array([signals.gradient_norm(loss, parameters) for loss in losses])
 
     return evidence.remember(("gradient signal", part), compute, role)
+
+
+def gradient_scores(
+    task: Task, model: nn.Module, batch: Batch, parameters: Sequence[nn.Parameter]
+) -> Float[Tensor, " batch"] | None:
+    """GradNorm of every row of a batch from one backward pass; None where rows must be taken one by one.
+
+    Raises:
+        InvalidAudit: If there is no parameter to differentiate by.
+    """
+    if not parameters:
+        raise InvalidAudit("The gradient norm needs at least one trainable parameter.")
+    norms = sample_gradient_norms(model, lambda: task.loss_per_example(model, batch), parameters)
+    return None if norms is None else -norms.mean(1)
 
 
 def _lowered(evidence: Evidence, part: str):
