@@ -12,6 +12,7 @@ from palimpsest.study.retain.leaderboard import (
     report_recipe,
     run_retain_leaderboard,
     search_recipe,
+    to_markdown,
 )
 
 TINY = {
@@ -89,6 +90,19 @@ def test_a_learner_that_no_search_carried_to_the_end_is_named_as_failed(tmp_path
     board = json.loads(path.read_text())["boards"]["rotated"]
     assert [row["learner"] for row in board["rows"]] == ["finetune"]
     assert any(line.startswith("er:") for line in board["failed"])
+
+
+def test_a_row_says_over_how_many_seeds_it_is_where_some_failed():
+    row = {"learner": "er", "measures": {"accuracy": [0.5, None, 1]}, "found": {"lr": 0.1}}
+    board = {
+        "title": "B",
+        "setting": "s",
+        "rows": [row],
+        "skipped": {},
+        "failed": ["er, seed 1: it diverged"],
+    }
+    page = to_markdown({"title": "T", "memory": 1, "seeds": 2, "boards": {"b": board}})
+    assert "| er (1 of 2 seeds) | 50.0 | lr 0.1 |" in page and "Failed: er, seed 1: it diverged" in page
 
 
 def test_every_learner_is_on_a_board_of_the_project_and_every_board_can_be_run():

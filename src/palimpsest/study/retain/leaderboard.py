@@ -205,8 +205,8 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         "",
         f"Learners with a buffer keep {content['memory']} records; all see every record equally often (what "
         "tunes or distils at the end of a task takes more time). Hyperparameters were searched on another stream "
-        f"with a seed that is not reported. Means over {content['seeds']} seeds with 95 % intervals over seeds; in "
-        "per cent.",
+        f"with a seed that is not reported. Means over {content['seeds']} seeds with 95 % intervals over seeds, in "
+        "per cent; a learner that diverged with some seeds has the mean over the others, and says so.",
     ]
     for board in content["boards"].values():
         names = [name for name in SHOWN if any(name in row["measures"] for row in board["rows"])]
@@ -216,7 +216,13 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         for row in board["rows"]:
             figures = [shown(name, _mean(row["measures"].get(name))) for name in names]
             found = ", ".join(f"{key} {value}" for key, value in row["found"].items())
-            lines.append(f"| {row['learner']} | {' | '.join(figures)} | {found} |")
+            count = row["measures"]["accuracy"][2]
+            name = (
+                row["learner"]
+                if count == content["seeds"]
+                else f"{row['learner']} ({count} of {content['seeds']} seeds)"
+            )
+            lines.append(f"| {name} | {' | '.join(figures)} | {found} |")
         lines += [f"\nNot run: {name}: {reason}." for name, reason in board["skipped"].items()]
         lines += [f"\nFailed: {problem}" for problem in board["failed"]]
     return "\n".join(lines) + "\n"
