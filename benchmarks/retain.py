@@ -92,7 +92,7 @@ def evaluation(repeats: int) -> str:
         for every, subset in EVALUATIONS:
             step, _ = learned("er", stream, every, subset, repeats)
             tested = "all" if subset is None else str(subset)
-            rows.append([name, str(every), tested, f"{100 * (1 - plain / step):.0f} %"])
+            rows.append([name, str(every), tested, f"{round(100 * (1 - plain / step))} %"])
     return table(["shape", "every steps", "test records of a task", "share of the time"], rows)
 
 
@@ -132,7 +132,7 @@ def growth(repeats: int, quick: bool) -> str:
             step, kept = learned(method, stream, repeats=repeats)
             base = step if label.startswith((f"{tasks[0]} t", f"{classes[0]} c")) else base
             audited, _ = learned(method, stream, 5, 10, repeats)
-            share = f"{100 * (1 - step / audited):.0f} %"
+            share = f"{round(100 * (1 - step / audited))} %"
             rows.append([method, label, f"x {step / base:.2f}", share, f"{kept:,}"])
     headings = ["method", "stream", "time of a step", "evaluation every 5 steps, 10 records", "bytes kept"]
     return table(headings, rows)

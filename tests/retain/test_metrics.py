@@ -131,7 +131,7 @@ def test_measures_of_the_whole_matrix_that_online_papers_report():
 
 
 def test_sampling_intervals_hold_the_truth_as_often_as_they_say_though_the_lowest_is_chosen():
-    random, held = np.random.default_rng(0), 0
+    random, held, windows = np.random.default_rng(0), 0, 0
     truth = np.array([[0.9, 0.4, 0.3, 0.35, 0.5, 0.45], [0.8] * 6])
     for _ in range(200):
         drawn = random.binomial(40, truth) / 40
@@ -140,8 +140,19 @@ def test_sampling_intervals_hold_the_truth_as_often_as_they_say_though_the_lowes
         found, value = sampling_intervals(history), minimum_accuracy(history)
         assert found["min-ACC"][0] <= value <= found["min-ACC"][1]
         assert found["WC-ACC"][0] <= worst_case_accuracy(history) <= found["WC-ACC"][1]
+        assert found["WF10"][0] <= windowed_forgetting(history, 10) <= found["WF10"][1]
+        assert found["WP10"][0] <= windowed_plasticity(history, 10) <= found["WP10"][1]
         held += found["min-ACC"][0] <= 0.3 <= found["min-ACC"][1]
-    assert held >= 190
+        windows += found["WF10"][0] <= 0.3 <= found["WF10"][1]  # (0.9 - 0.3 + 0.8 - 0.8) / 2
+    assert held >= 190 and windows >= 190
+
+
+def test_a_drop_that_no_draw_could_have_made_is_told_from_none():
+    steady = History((0,) * 6, ((0.9,), (0.88,), (0.9,), (0.89,), (0.9,), (0.9,)), sizes=(1000,))
+    fallen = History((0,) * 6, ((0.9,), (0.4,), (0.9,), (0.9,), (0.9,), (0.9,)), sizes=(1000,))
+    assert sampling_intervals(steady)["WF10"][0] == 0 < sampling_intervals(steady)["WF10"][1] < 0.15
+    assert 0.4 < sampling_intervals(fallen)["WF10"][0] < 0.5 < sampling_intervals(fallen)["WP10"][1]
+    assert sampling_intervals(fallen, windows=[3]).keys() == {"ACC", "WC-ACC", "WF3", "WP3"}
 
 
 def test_one_task_has_the_exact_interval_of_its_accuracy_and_no_minimum():

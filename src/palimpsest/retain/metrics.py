@@ -273,13 +273,15 @@ def upper_mean(matrix: ScoreMatrix) -> float:
     return float(above.mean()) if len(above) else float("nan")
 
 
-def sampling_intervals(history: History, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
+def sampling_intervals(
+    history: History, confidence: float = 0.95, windows: Sequence[int] = (10, 100)
+) -> dict[str, tuple[float, float]]:
     """What the metrics of a subsampled evaluation may be on all records of which its own are a draw.
 
     Every accuracy that a metric looks at gets an exact interval, wide enough (Bonferroni) that all of them hold
     together with this confidence; the metric's interval is then what it is for the lower and for the upper ends.
-    That covers the choice of the lowest of many evaluations, and is wide where there are many. Windowed drops and
-    rises have none. Empty without evaluations or sizes.
+    That covers the choice of the lowest of many evaluations, or of the two that are furthest apart in a window, and
+    is wide where there are many. Empty without evaluations or sizes.
     """
     if not history.learning or len(history.sizes) < history.tasks:
         return {}
@@ -302,6 +304,19 @@ def sampling_intervals(history: History, confidence: float = 0.95) -> dict[str, 
         found["WC-ACC"] = current / tasks + (1 - 1 / tasks) * np.mean(shared, 0)
     else:
         found["WC-ACC"] = ends(history.accuracy[-1][last], last, 1)
+    lives = [history.of_task(task)[0] for task in range(tasks)]
+    every = sum(len(life) for life in lives)
+    reach: list[NDArray[np.float64]] = []
+    for task, life in enumerate(lives):
+        distinct, of = np.unique(life, return_inverse=True)
+        reach.append(np.array([ends(value, task, every) for value in distinct])[of].T)
+    for window in windows:
+        found[f"WF{window}"] = np.mean(
+            [(_within(low, window, high), _within(high, window, low)) for low, high in reach], 0
+        )
+        found[f"WP{window}"] = np.mean(
+            [(_within(-high, window, -low), _within(-low, window, -high)) for low, high in reach], 0
+        )
     return {name: (float(low), float(high)) for name, (low, high) in found.items()}
 
 
@@ -325,11 +340,12 @@ def summary(history: History, windows: Sequence[int] = (10, 100), first: int = 1
     return found | {f"LCA{first}": learning_curve_area(history, first)}
 
 
-def _within(values: NDArray[np.float64], window: int) -> float:
-    """Largest drop within any `window` values in a row, at least 0."""
+def _within(values: NDArray[np.float64], window: int, fallen: NDArray[np.float64] | None = None) -> float:
+    """Largest drop within any `window` values in a row, at least 0; `fallen` is what the later ones drop to."""
+    later = values if fallen is None else fallen
     drop = 0.0
     for gap in range(1, min(window, len(values))):
-        drop = max(drop, float((values[:-gap] - values[gap:]).max()))
+        drop = max(drop, float((values[:-gap] - later[gap:]).max()))
     return drop
 
 

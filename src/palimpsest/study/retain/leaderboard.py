@@ -46,9 +46,11 @@ class RetainBoard(Part):
         tune: What differs where hyperparameters are searched: other data, or another stream.
         rates: Learning rates to try.
         skip: Learners that cannot run here, with the reason.
+        note: What a reader should know before comparing rows.
     """
 
     title: str
+    note: str = ""
     recipe: dict[str, Any]
     tune: dict[str, Any] = Field(min_length=1)
     rates: list[float] = Field(min_length=1)
@@ -203,14 +205,16 @@ def to_markdown(content: Mapping[str, Any]) -> str:
     lines = [
         f"# {content['title']}",
         "",
-        f"Learners with a buffer keep {content['memory']} records; all see every record equally often (what "
-        "tunes or distils at the end of a task takes more time). Hyperparameters were searched on another stream "
+        f"Learners with a buffer keep {content['memory']} records; all see every record of a task equally "
+        "often (joint goes over those of earlier tasks again, and what tunes or distils at the end of a task takes more "
+        "time). Hyperparameters were searched on another stream "
         f"with a seed that is not reported. Means over {content['seeds']} seeds with 95 % intervals over seeds, in "
         "per cent; a learner that diverged with some seeds has the mean over the others, and says so.",
     ]
     for board in content["boards"].values():
         names = [name for name in SHOWN if any(name in row["measures"] for row in board["rows"])]
         lines += ["", f"## {board['title']}", "", f"{board['setting']}", ""]
+        lines += [board["note"], ""] if board.get("note") else []
         lines += [f"| learner | {' | '.join(SHOWN[name] for name in names)} | found |"]
         lines += ["|---|" + "---:|" * len(names) + "---|"]
         for row in board["rows"]:
@@ -254,6 +258,7 @@ def _entry(
     lost = [f"{name}: no combination of the search ended" for name in wanted if name not in best]
     return {
         "title": board.title,
+        "note": board.note,
         "setting": _said(board.recipe) + "; searched with " + _said(board.tune),
         "rows": rows,
         "skipped": board.skip,
