@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from palimpsest.core.errors import InvalidHyperparameter, ModelMismatch, NonFiniteLoss, UnreadableCheckpoint
+from palimpsest.core.records import Records
 from palimpsest.models import build_model
 from palimpsest.retain import Student, Training, build_learner, learn, parse_stream
 from palimpsest.retain.augmentation import AUGMENTATIONS, crop, flip, jitter, view
@@ -170,6 +171,19 @@ def test_texts_are_learned_class_by_class(cpu):
     training = Training(epochs=6, lr=0.01, optimizer="adam")
     outcome = learn("er", stream, model, training=training, runtime=cpu(), memory=40)
     assert outcome.matrix.average > 0.8
+
+
+def test_tables_are_learned_class_by_class(cpu):
+    from sklearn.datasets import load_wine
+    from torch.utils.data import TensorDataset
+
+    rows, labels = load_wine(return_X_y=True)
+    rows = (rows - rows.mean(0)) / rows.std(0)
+    table = Records(TensorDataset(torch.tensor(rows, dtype=torch.float32), torch.tensor(labels)))
+    model = build_model("mlp", (13,), 3, seed=0, width=32)
+    training = Training(epochs=10, lr=0.05)
+    outcome = learn("er", parse_stream("class:3x1", table), model, training=training, runtime=cpu(), memory=30)
+    assert outcome.matrix.average > 0.85
 
 
 def test_joint_training_is_said_to_keep_all_earlier_records(few_digits, small_mlp, cpu):
