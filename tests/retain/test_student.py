@@ -182,7 +182,9 @@ def test_tables_are_learned_class_by_class(cpu):
     table = Records(TensorDataset(torch.tensor(rows, dtype=torch.float32), torch.tensor(labels)))
     model = build_model("mlp", (13,), 3, seed=0, width=32)
     training = Training(epochs=10, lr=0.05)
-    outcome = learn("er", parse_stream("class:3x1", table), model, training=training, runtime=cpu(), memory=30)
+    outcome = learn(
+        "er", parse_stream("class:3x1", table), model, training=training, runtime=cpu(), memory=30
+    )
     assert outcome.matrix.average > 0.85
 
 
