@@ -110,6 +110,22 @@ def test_streams_of_random_numbers_are_independent_of_each_other_and_repeat():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_records_of_similar_length_share_a_batch_and_all_come_once(class_request, digits_task):
+    part, runtime = class_request.retain, pal.Runtime()
+    lengths = np.random.default_rng(0).integers(1, 90, len(part))
+    where = {str(name): at for at, name in enumerate(part.ids)}
+
+    def spreads(**how):
+        batches = list(runtime.batches(part, digits_task, 16, torch.Generator().manual_seed(0), **how))
+        assert sorted(name for batch in batches for name in batch["id"]) == sorted(where)
+        rows = [lengths[[where[name] for name in batch["id"]]] for batch in batches]
+        return np.array([row.max() - row.min() for row in rows]), [int(row.min()) for row in rows]
+
+    alike, order = spreads(lengths=lengths.tolist())
+    assert alike.mean() < spreads()[0].mean() / 5
+    assert order != sorted(order)
+
+
 def test_batches_cover_every_record_once_in_the_generators_order(class_request, digits_task):
     runtime = pal.Runtime()
     order = runtime.generator("order")

@@ -164,3 +164,8 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_along_a_cosine():
     assert rates == pytest.approx([0.05, 0.1, *falling])
     with pytest.raises(InvalidHyperparameter, match="warmup"):
         TrainingRecipe(warmup=1.0)
+
+
+def test_grouping_by_length_is_refused_where_records_have_none(class_request, digits_task):
+    with pytest.raises(InvalidHyperparameter, match="have none"):
+        pal.train(build_model("mlp", (1, 8, 8), 10), class_request.train, digits_task, group_by_length=True)

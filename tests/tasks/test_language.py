@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import palimpsest as pal
 from palimpsest.core.errors import (
     InvalidHyperparameter,
     InvalidLabels,
@@ -152,6 +153,18 @@ def test_one_pass_observes_every_token(task: Language, model: nn.Module):
         assert torch.equal(own["right"].bool(), log_p.argmax(1) == target)
     assert found.features is not None and found.features.shape == (4, 32)
     assert list(found.layers) == ["block 0"]
+
+
+def test_training_with_batches_of_similar_length_learns_and_pads_less(task: Language, model: nn.Module):
+    rows = records([*ROWS, {"text": "a much longer text than all the others here, " * 3}] * 8)
+    sizes = task.lengths(rows)
+    assert sizes[:2] == [
+        len(task.encode(row.get("question"), row.get("answer", row.get("text")))[0]) for row in ROWS[:2]
+    ]
+    recipe = pal.TrainingRecipe(epochs=3, lr=1e-3, batch_size=4, group_by_length=True)
+    trained = pal.train(model, rows, task=task, recipe=recipe)
+    batch = task.collate(list(rows))
+    assert task.loss_per_example(trained, batch).mean() < task.loss_per_example(model, batch).mean()
 
 
 def test_batches_are_answered_as_single_questions_are(task: Language, model: nn.Module):

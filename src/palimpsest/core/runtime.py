@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,6 +25,8 @@ from palimpsest.core.task import Task
 
 T = TypeVar("T")
 log = logging.getLogger("palimpsest")
+STRETCH = 32
+"""Batches among which records of similar length look for each other."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class Runtime:
         batch_size: int | None = None,
         shuffle: torch.Generator | None = None,
         drop_last: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> Iterator[Batch]:
         """One pass over the records in batches, on the device.
 
@@ -155,12 +159,17 @@ class Runtime:
             batch_size: `self.batch_size` by default.
             shuffle: A generator to draw the order from; None keeps the order.
             drop_last: Leave out a last batch that is not full (never the only one).
+            lengths: Of the records; those of similar length then share a batch, and batches come in a drawn order.
         """
         size = batch_size or self.batch_size
         n = len(records)
         order = np.arange(n) if shuffle is None else torch.randperm(n, generator=shuffle).numpy()
         stop = n - n % size if drop_last and n > size else n
+        if lengths is not None:
+            order = _sorted_in_stretches(order[:stop], np.asarray(lengths), size * STRETCH)
         chunks = [order[start : start + size] for start in range(0, stop, size)]
+        if lengths is not None and shuffle is not None:
+            chunks = [chunks[at] for at in torch.randperm(len(chunks), generator=shuffle).tolist()]
         if records.in_memory or self.workers == 0:
             for chunk in chunks:
                 yield self.to_device(records.batch(chunk, task.collate))
@@ -193,3 +202,11 @@ class Runtime:
     def passes(self) -> dict[str, int]:
         """Forward passes made so far, by what they were for."""
         return dict(self._passes)
+
+
+def _sorted_in_stretches(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], stretch: int
+) -> NDArray[np.int64]:
+    """The order, with every stretch of it sorted by length."""
+    parts = [order[start : start + stretch] for start in range(0, len(order), stretch)]
+    return np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])

@@ -41,6 +41,8 @@ class TrainingRecipe:
         gradient_restriction: Weight alpha of `gradient_norms`, which is added to every batch's mean loss so
             that gradients stay small: the training that influence approximation unlearning wants (0.005
             is published). It takes a second backward pass; 0 is ordinary training.
+        group_by_length: Whether records of similar length share a batch, as in the Trainer of transformers: less
+            padding. For tasks whose records have lengths (language).
     """
 
     epochs: int = 20
@@ -53,6 +55,7 @@ class TrainingRecipe:
     warmup: float = 0.0
     clip: float | None = None
     gradient_restriction: float = 0.0
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         positive = 0 < self.lr < float("inf") and 0 <= self.momentum < 1 and self.weight_decay >= 0
@@ -143,6 +146,8 @@ def train(
     recipe = recipe or TrainingRecipe(epochs=epochs, **settings)
     check_finite(model)
     task.check(model, records)
+    if recipe.group_by_length:
+        lengths_of(records.select([0]), task)
     return fit(copy.deepcopy(model), records, task, runtime, recipe)
 
 
@@ -156,10 +161,11 @@ def fit(
     schedule = recipe.build_schedule(optimizer, steps)
     order = runtime.generator("training order")
     restricted = recipe.gradient_restriction > 0
+    lengths = lengths_of(records, task) if recipe.group_by_length else None
     model.train()
     with runtime.seeded("training"), differentiable_twice() if restricted else nullcontext():
         for _ in runtime.track(range(recipe.epochs), "training"):
-            for batch in runtime.batches(records, task, recipe.batch_size, shuffle=order):
+            for batch in runtime.batches(records, task, recipe.batch_size, shuffle=order, lengths=lengths):
                 if len(batch["id"]) == 1 and min(recipe.batch_size, len(records)) > 1:
                     continue  # batch norm has no statistics of a single record
                 loss = training_loss(model, batch, task, recipe.gradient_restriction)
@@ -172,6 +178,20 @@ def fit(
     if mark is not None:
         mark(model)
     return model
+
+
+def lengths_of(records: Records, task: Task) -> Sequence[int]:
+    """Length of every record, from the task's own `lengths`.
+
+    Raises:
+        InvalidHyperparameter: If records of the task have none.
+    """
+    lengths = getattr(task, "lengths", None)
+    if lengths is None:
+        raise InvalidHyperparameter(
+            f"group_by_length needs records that have lengths, as texts do; those of {type(task).__name__} have none."
+        )
+    return lengths(records)
 
 
 def training_loss(

@@ -85,6 +85,7 @@ class Training(Part):
     warmup: float = 0.0
     clip: float | None = None
     gradient_restriction: float = 0.0
+    group_by_length: bool = False
 
     def recipe(self) -> TrainingRecipe:
         """As the training loop takes it."""

@@ -178,6 +178,10 @@ class Language:
             return [beginning, *tokens]
         return tokens
 
+    def lengths(self, records: Records) -> list[int]:
+        """Number of tokens of every record, prompt and answer together."""
+        return [len(self.encode(item.get("question"), _answer(item))[0]) for item in records]
+
     def collate(self, items: Sequence[dict[str, Any]]) -> Batch:
         """Tokens, mask and labels, padded on the right; other fields as lists."""
         rows = [self.encode(item.get("question"), _answer(item)) for item in items]
