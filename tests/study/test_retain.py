@@ -215,15 +215,14 @@ def start(folder: Path, workers: int) -> subprocess.Popen[str]:
 
 
 def killed_in_a_stream(folder: Path, moments: random.Random, workers: int) -> bool:
-    """
-    Kill a study at a random moment while a stream is under way; whether one was before the study ended.
+    """Kill a study at a random moment while a stream is under way; whether one was before the study ended.
 
     The study is halted first and goes on if no stream is under way then, so that how fast the machine is decides
     nothing; the wait is halved with each miss.
     """
     process = start(folder, workers)
-    longest = 0.6
-    while process.poll() is None:
+    begun, longest = time.monotonic(), 0.6
+    while process.poll() is None and time.monotonic() - begun < 120:
         if list((folder / "artifacts").glob("*.state")):
             time.sleep(moments.uniform(0.0, longest))
             process.send_signal(signal.SIGSTOP)

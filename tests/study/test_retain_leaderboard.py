@@ -96,6 +96,7 @@ def test_a_row_says_over_how_many_seeds_it_is_where_some_failed():
     row = {"learner": "er", "measures": {"accuracy": [0.5, None, 1]}, "found": {"lr": 0.1}}
     board = {
         "title": "B",
+        "note": "Read this first.",
         "setting": "s",
         "rows": [row],
         "skipped": {},
@@ -103,6 +104,7 @@ def test_a_row_says_over_how_many_seeds_it_is_where_some_failed():
     }
     page = to_markdown({"title": "T", "memory": 1, "seeds": 2, "boards": {"b": board}})
     assert "| er (1 of 2 seeds) | 50.0 | lr 0.1 |" in page and "Failed: er, seed 1: it diverged" in page
+    assert page.index("Read this first.") < page.index("| learner |")
 
 
 def test_every_learner_is_on_a_board_of_the_project_and_every_board_can_be_run():

@@ -155,16 +155,28 @@ def test_one_pass_observes_every_token(task: Language, model: nn.Module):
     assert list(found.layers) == ["block 0"]
 
 
-def test_training_with_batches_of_similar_length_learns_and_pads_less(task: Language, model: nn.Module):
+def test_training_with_batches_of_similar_length_learns_and_pads_less(tokenizer: Any, model: nn.Module):
+    task = Language(tokenizer)
     rows = records([*ROWS, {"text": "a much longer text than all the others here, " * 3}] * 8)
-    sizes = task.lengths(rows)
-    assert sizes[:2] == [
-        len(task.encode(row.get("question"), row.get("answer", row.get("text")))[0]) for row in ROWS[:2]
-    ]
-    recipe = pal.TrainingRecipe(epochs=3, lr=1e-3, batch_size=4, group_by_length=True)
-    trained = pal.train(model, rows, task=task, recipe=recipe)
-    batch = task.collate(list(rows))
-    assert task.loss_per_example(trained, batch).mean() < task.loss_per_example(model, batch).mean()
+    every = task.collate(list(rows))
+    assert task.lengths(rows) == every["attention_mask"].sum(1).tolist()
+
+    def padding(**how: Any) -> int:
+        seen: list[int] = []
+        plain = Language.collate
+
+        def collate(self: Language, items: Any) -> Any:
+            batch = plain(self, items)
+            seen.append(int((batch["attention_mask"] == 0).sum()))
+            return batch
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Language, "collate", collate)
+            trained = pal.train(model, rows, task=task, epochs=3, lr=1e-3, batch_size=4, **how)
+        assert task.loss_per_example(trained, every).mean() < task.loss_per_example(model, every).mean()
+        return sum(seen)
+
+    assert padding(group_by_length=True) < padding() / 2
 
 
 def test_batches_are_answered_as_single_questions_are(task: Language, model: nn.Module):

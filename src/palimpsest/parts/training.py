@@ -146,8 +146,6 @@ def train(
     recipe = recipe or TrainingRecipe(epochs=epochs, **settings)
     check_finite(model)
     task.check(model, records)
-    if recipe.group_by_length:
-        lengths_of(records.select([0]), task)
     return fit(copy.deepcopy(model), records, task, runtime, recipe)
 
 
