@@ -256,21 +256,24 @@ def cli_page() -> str:
 
 
 def results_page(files: Sequence[Path]) -> str:
-    """What the last run of every replication gave."""
+    """What the last run of every replication gave, with the notes that its recipe has now."""
     parts = [
         "# Results",
         "Claims of published papers, run again on a small scale with `palimpsest replicate NAME`. A claim that does "
         "not hold is shown as not holding, with what was tried.",
     ]
     for file in files:
-        parts += _replication(json.loads(file.read_text(encoding="utf-8")))
+        recipe = file.parent.parent / f"{file.stem}.yaml"
+        claims = yaml.safe_load(recipe.read_text(encoding="utf-8"))["claims"] if recipe.is_file() else []
+        notes = {claim["name"]: claim.get("note") for claim in claims}
+        parts += _replication(json.loads(file.read_text(encoding="utf-8")), notes)
     known = {path.stem for path in RESULTS.parent.glob("*.yaml")} - {file.stem for file in files}
     if known:
         parts.append(f"Not run yet: {', '.join(f'`{slug}`' for slug in sorted(known))}.")
     return "\n\n".join(parts)
 
 
-def _replication(result: dict[str, Any]) -> list[str]:
+def _replication(result: dict[str, Any], latest: dict[str, str | None]) -> list[str]:
     paper = result["paper"]
     title = (
         f"[{paper['title']}](https://arxiv.org/abs/{paper['arxiv']})"
@@ -289,9 +292,9 @@ def _replication(result: dict[str, Any]) -> list[str]:
         for claim in result["claims"]
     ]
     notes = [
-        f"- *{claim['name']}*: {' '.join(claim['note'].split())}"
+        f"- *{claim['name']}*: {' '.join(note.split())}"
         for claim in result["claims"]
-        if claim.get("note")
+        if (note := latest.get(claim["name"]) or claim.get("note"))
     ]
     return [
         f"## {result['slug']}",

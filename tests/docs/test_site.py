@@ -111,10 +111,20 @@ def test_results_are_shown_as_they_were_written(builder, tmp_path):
         "slug": "own", "paper": {"title": "A paper", "venue": "V", "arxiv": None}, "setting": "small", "seeds": 3,
         "seconds": 1.5, "passed": False, "versions": {"torch": "2"}, "claims": [claim],
     }  # fmt: skip
-    file = tmp_path / "own.json"
+    file = tmp_path / "results" / "own.json"
+    file.parent.mkdir()
     file.write_text(json.dumps(result))
     page = builder.results_page([file])
     assert "| it forgets | 1.0 | 0.9 | 2 of 3 | **does not hold** |" in page and "tried twice" in page
+    (tmp_path / "own.yaml").write_text('claims: [{name: first, note: "tried thrice since"}]')
+    assert "tried thrice since" in builder.results_page([file])
+
+
+def test_every_claim_that_does_not_hold_has_a_note(builder):
+    for file in builder.RESULTS.glob("*.json"):
+        page = builder.results_page([file])
+        for claim in json.loads(file.read_text())["claims"]:
+            assert claim["passed"] or f"- *{claim['name']}*: " in page, (file.stem, claim["name"])
 
 
 def test_results_of_replications_are_on_the_page(builder):

@@ -177,6 +177,7 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         f"Means over {content['seeds']} seeds with half of the 95 % interval; a gap is the distance to models "
         "retrained without the records (mean over seeds). Accuracies, their gaps and cost in percent. Hyperparameters "
         f"come from a search on another request, within a budget of {content['budget']:g} times the retraining time. "
+        "Shares of retraining are ratios of seconds, which depend on what else the machine did. "
         f"Written by `palimpsest leaderboard leaderboards/{content['name']}.yaml`.", "",
     ]  # fmt: skip
     for entry in content["boards"].values():

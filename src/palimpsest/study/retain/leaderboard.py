@@ -209,7 +209,8 @@ def to_markdown(content: Mapping[str, Any]) -> str:
         "often (joint goes over those of earlier tasks again, and what tunes or distils at the end of a task takes more "
         "time). Hyperparameters were searched on another stream "
         f"with a seed that is not reported. Means over {content['seeds']} seeds with 95 % intervals over seeds, in "
-        "per cent; a learner that diverged with some seeds has the mean over the others, and says so.",
+        "per cent; a learner that diverged with some seeds has the mean over the others, and says so. Seconds depend on "
+        "what else the machine did.",
     ]
     for board in content["boards"].values():
         names = [name for name in SHOWN if any(name in row["measures"] for row in board["rows"])]
