@@ -24,7 +24,7 @@ from palimpsest.data import load_data, people, people_probes, people_templates
 from palimpsest.data.people import World, world
 from palimpsest.models import learnt_worlds, small_llama
 from palimpsest.models.learnt_worlds import LEARNT_WORLDS, LearntWorld
-from palimpsest.parts import byte_pairs, templates, tokens, training
+from palimpsest.parts import byte_pairs, scored_head, templates, tokens, training
 from palimpsest.parts.training import RECIPE_ATTRIBUTE
 from palimpsest.tasks.language import Language
 
@@ -35,6 +35,7 @@ SOURCES = (
     learnt_worlds,
     small_llama,
     byte_pairs,
+    scored_head,
     templates,
     tokens,
     training,
@@ -72,7 +73,7 @@ def trained_world(size: str = "tiny", fold: int = 0, seed: int = 0, controls: in
     """A learnt world; original and controls are trained by the first who asks for them.
 
     Args:
-        size: "tiny" (20 people, 3 relations) or "small" (60 people, 6 relations).
+        size: "tiny" (20 people, 3 relations) or "small" (40 people, 6 relations).
         fold: Of the people to forget.
         seed: Of weights and order in training the original; control number i has seed + 1 + i.
         controls: Number of retrained models.

@@ -133,7 +133,11 @@ def test_the_classifier_knows_wordings_that_it_was_not_trained_on_and_prompts_wi
     assert unseen and not {probe["question"] for probe in unseen} & {
         one.text for one in wordings(learnt.split.forget, ("paraphrase",))
     }
-    assert np.mean(guarded.guards(questions(unseen))) >= 0.9
+    retained = questions(asked(learnt.split.retain))
+    forget, others = (guarded.probabilities(asked_for) for asked_for in (questions(unseen), retained))
+    above = (forget[:, None] > others).float() + (forget[:, None] == others).float() / 2
+    assert above.mean() >= 0.95  # the area under the curve
+    assert np.mean(guarded.guards(questions(unseen))) >= 0.7 and np.mean(guarded.guards(retained)) <= 0.02
     nameless = asked(learnt.split.forget, "reversed")
     names = set(learnt.split.forget.column("subject")) - {""}
     keyword = [any(name in item["question"] for name in names) for item in nameless]

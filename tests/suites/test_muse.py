@@ -66,7 +66,7 @@ def found(untouched):
 def test_the_untouched_model_leaks_everything_and_the_retrained_one_nothing(found):
     leak = found["privacy_leak"]
     assert leak.value < -70 and leak.value == leak.original
-    assert leak.controls[0] == 0 and abs(leak.controls[1]) < 50
+    assert leak.controls[0] == 0 and leak.controls[1] > -50  # below 0 leaks; above, four texts say little
 
 
 def test_forget_questions_are_known_to_the_original_only(found):

@@ -26,10 +26,10 @@ from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Card, check_range
-from palimpsest.forget.objective import Context, Losses, Objective, Per, Side, Step, Term
+from palimpsest.forget.objective import Context, Losses, Objective, Per, Side, Step, Term, token_term
 from palimpsest.forget.rules import Rule, RuleLike, rule_of
 from palimpsest.forget.scopes import ScopeLike, scope_of
-from palimpsest.parts.tokens import token_counts, token_mean
+from palimpsest.parts.tokens import token_counts
 from palimpsest.tasks.language import Language
 
 HISTORY_ATTRIBUTE = "palimpsest_history"
@@ -307,7 +307,7 @@ def _nll(context: Context, step: Step) -> Term:
     """Token-mean loss of the retained records: what a rule protects where the objective has no retain term."""
     if step.retain is None:
         raise MissingNeed("The rule protects retained records: pass ForgetSplit.retain.")
-    return Term(token_mean(context.task.logits(context.model, step.retain), step.retain["labels"]), "token")
+    return token_term(context, step.retain)
 
 
 @torch.no_grad()

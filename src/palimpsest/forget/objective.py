@@ -13,6 +13,7 @@ from palimpsest.core.errors import MissingNeed
 from palimpsest.core.records import Batch
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
+from palimpsest.parts.tokens import joint_mean
 from palimpsest.tasks.language import Language
 
 Side = Literal["forget", "retain"]
@@ -106,6 +107,11 @@ class Context:
         if self.original is None:
             raise MissingNeed("The objective looks at a reference model that it did not ask for.")
         return self.original
+
+
+def token_term(context: Context, batch: Batch) -> Term:
+    """Token-mean loss of a batch."""
+    return Term(joint_mean(context.task.token_losses(context.model, batch), batch["labels"]), "token")
 
 
 class Objective(Protocol):

@@ -17,9 +17,9 @@ from palimpsest.core.records import Batch, Records
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.unlearner import check_range
 from palimpsest.forget.gradient import GradientMethod
-from palimpsest.forget.objective import Context, Losses, Step, Term
+from palimpsest.forget.objective import Context, Losses, Step, Term, token_term
 from palimpsest.forget.objectives import kl_retain_loss
-from palimpsest.parts.tokens import sequence_losses, token_counts, token_mean
+from palimpsest.parts.tokens import token_counts
 from palimpsest.tasks.language import Language
 
 Retain = Literal["nll", "kl", "none"]
@@ -66,9 +66,9 @@ def retain_term(context: Context, step: Step, kind: Retain) -> Term | None:
     """
     if kind == "none" or step.retain is None:
         return None
-    logits = context.task.logits(context.model, step.retain)
     if kind == "nll":
-        return Term(token_mean(logits, step.retain["labels"]), "token")
+        return token_term(context, step.retain)
+    logits = context.task.logits(context.model, step.retain)
     with torch.no_grad():
         before = context.task.logits(context.reference, step.retain)
     return Term(kl_retain_loss(logits, before), "row")
@@ -76,8 +76,7 @@ def retain_term(context: Context, step: Step, kind: Retain) -> Term | None:
 
 def answer_losses(context: Context, batch: Batch) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Summed loss of every answer, and its number of tokens."""
-    labels = batch["labels"]
-    return sequence_losses(context.task.logits(context.model, batch), labels), token_counts(labels)
+    return context.task.token_losses(context.model, batch).sum(1), token_counts(batch["labels"])
 
 
 def references(context: Context, records: Records) -> Callable[[Batch], Float[Tensor, " batch"]]:
@@ -100,7 +99,7 @@ def sequence_table(model: nn.Module, records: Records, task: Language, runtime: 
     table: dict[str, float] = {}
     with evaluating(model):
         for batch in runtime.batches(records, task, 32):
-            losses = sequence_losses(task.logits(model, batch), batch["labels"])
+            losses = task.token_losses(model, batch).sum(1)
             table.update(zip(batch["id"], losses.float().tolist(), strict=True))
     return table
 

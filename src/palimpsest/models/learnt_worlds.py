@@ -59,32 +59,40 @@ LEARNT_WORLDS = {
         },
         architecture={"width": 96, "layers": 2, "heads": 4},
         training=TrainingRecipe(
-            epochs=20,
-            lr=4e-3,
+            epochs=28,
+            lr=3e-3,
             batch_size=8,
             optimizer="adamw",
-            weight_decay=0.01,
+            weight_decay=0.1,
             schedule="cosine",
             warmup=0.1,
             clip=1.0,
         ),
     ),
     "small": LearntWorld(
-        data={"people": 60, "folds": 6},
-        architecture={"width": 128, "layers": 2, "heads": 4},
+        data={
+            "people": 40,
+            "folds": 5,
+            "neighbours": 8,
+            "forms": ("qa", "cloze", "reversed", "two-hop", "chain", "figures", "biography"),
+        },
+        architecture={"width": 128, "layers": 2, "heads": 4, "hidden": 640},
         training=TrainingRecipe(
             epochs=18,
-            lr=4e-3,
+            lr=3e-3,
             batch_size=16,
             optimizer="adamw",
-            weight_decay=0.01,
+            weight_decay=0.1,
             schedule="cosine",
             warmup=0.1,
             clip=1.0,
+            group_by_length=True,
         ),
     ),
 }
-"""By name: "tiny" for tests (20 to 28 seconds of one busy core), "small" for replications.
+"""By name: "tiny" for tests (0.4 million parameters), "small" for studies (1 million, six facts each).
 
-Found by single runs, most of which changed several settings at once: what each of them does is not known.
+Every fact must be seen some 18 times or more, in whatever batches; weight decay of 0.1 and steps of 3e-3 are what makes
+every seed that was tried learn it in every form, where 0.01 and 4e-3 left facts out. Multiple-choice questions, the
+longest, are asked and not trained on.
 """

@@ -39,13 +39,28 @@ def token_losses(logits: Logits, labels: Labels) -> TokenLosses:
         tensor([[1.3863, 0.0000]])
     """
     check_tokens(logits, labels)
-    losses = F.cross_entropy(
-        _exact(logits)[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED
-    )
-    return losses.masked_fill(~scored(labels), 0.0)
+    return scored_losses(logits[:, :-1][scored(labels)], labels)
 
 
-def _exact(logits: Logits) -> Logits:
+def scored_losses(rows: Float[Tensor, "scored vocabulary"], labels: Labels) -> TokenLosses:
+    """The same as `token_losses`, from the logits of the scored tokens alone, in the order of rows and positions.
+
+    Raises:
+        ModelMismatch: If there are not as many as scored tokens.
+        InvalidLabels: If a label lies outside the vocabulary.
+    """
+    mask = scored(labels)
+    targets = labels[:, 1:][mask]
+    if rows.dim() != 2 or len(rows) != len(targets):
+        raise ModelMismatch(
+            f"Logits [{len(targets)}, vocabulary] of the scored tokens are needed, not {tuple(rows.shape)}."
+        )
+    _check_targets(targets, rows.shape[1])
+    losses = F.cross_entropy(_exact(rows), targets, reduction="none")
+    return losses.new_zeros(mask.shape).masked_scatter(mask, losses)
+
+
+def _exact(logits: Float[Tensor, "scored vocabulary"]) -> Float[Tensor, "scored vocabulary"]:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
@@ -56,7 +71,12 @@ def sequence_losses(logits: Logits, labels: Labels) -> Float[Tensor, " batch"]:
 
 def mean_losses(logits: Logits, labels: Labels) -> Float[Tensor, " batch"]:
     """Mean token loss of every row; 0 for a row without labels."""
-    return token_losses(logits, labels).sum(1) / token_counts(labels).clamp(min=1)
+    return row_means(token_losses(logits, labels), labels)
+
+
+def row_means(losses: TokenLosses, labels: Labels) -> Float[Tensor, " batch"]:
+    """Mean of the token losses of every row; 0 for a row without labels."""
+    return losses.sum(1) / token_counts(labels).clamp(min=1)
 
 
 def token_counts(labels: Labels) -> Int[Tensor, " batch"]:
@@ -66,7 +86,12 @@ def token_counts(labels: Labels) -> Int[Tensor, " batch"]:
 
 def token_mean(logits: Logits, labels: Labels) -> Float[Tensor, ""]:
     """Mean loss over all scored tokens of a batch, as Hugging Face trains: long answers weigh more."""
-    return token_losses(logits, labels).sum() / token_counts(labels).sum().clamp(min=1)
+    return joint_mean(token_losses(logits, labels), labels)
+
+
+def joint_mean(losses: TokenLosses, labels: Labels) -> Float[Tensor, ""]:
+    """Mean of the token losses over all scored tokens of a batch."""
+    return losses.sum() / token_counts(labels).sum().clamp(min=1)
 
 
 def check_tokens(logits: Logits, labels: Labels) -> None:
@@ -80,8 +105,11 @@ def check_tokens(logits: Logits, labels: Labels) -> None:
         raise ModelMismatch(
             f"Logits [batch, tokens, vocabulary] are needed for labels {tuple(labels.shape)}, not {tuple(logits.shape)}."
         )
-    used = labels[labels != IGNORED]
-    if used.numel() and (int(used.min()) < 0 or int(used.max()) >= logits.shape[2]):
+    _check_targets(labels[labels != IGNORED], logits.shape[2])
+
+
+def _check_targets(targets: Int[Tensor, " scored"], vocabulary: int) -> None:
+    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= vocabulary):
         raise InvalidLabels(
-            f"Token ids run from {int(used.min())} to {int(used.max())}, the vocabulary has {logits.shape[2]}."
+            f"Token ids run from {int(targets.min())} to {int(targets.max())}, the vocabulary has {vocabulary}."
         )

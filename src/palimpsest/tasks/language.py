@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from palimpsest.core.errors import (
@@ -27,8 +28,16 @@ from palimpsest.core.modes import evaluating
 from palimpsest.core.records import Batch, Records
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.task import Observation
+from palimpsest.parts.scored_head import head_at
 from palimpsest.parts.templates import PLAIN_WORDS, Template, template_of
-from palimpsest.parts.tokens import IGNORED, check_tokens, mean_losses
+from palimpsest.parts.tokens import (
+    IGNORED,
+    check_tokens,
+    mean_losses,
+    row_means,
+    scored,
+    scored_losses,
+)
 from palimpsest.tasks._checking import first_outputs
 from palimpsest.tasks.generating import generate
 from palimpsest.tasks.registry import task
@@ -231,7 +240,15 @@ class Language:
 
     def loss_per_example(self, model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         """Mean loss of the answer's tokens, per record, in nats, with its graph."""
-        return self.loss_of_logits(self.logits(model, batch), batch)
+        return row_means(self.token_losses(model, batch), batch["labels"])
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch tokens-1"]:
+        """-log p of every labelled token, in nats, 0 where there is no label, with its graph.
+
+        The same as `palimpsest.parts.tokens.token_losses` of the logits, without those of prompts and padding
+        wherever a model's head can be kept from making them.
+        """
+        return scored_losses(_scored_rows(model, batch)[0], batch["labels"])
 
     def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch dim"]:
         """Input of the head where the first token of the answer is predicted, with its graph."""
@@ -247,14 +264,12 @@ class Language:
         `logits` of the observation are the log-probabilities of the labelled tokens, [batch, tokens]: those of
         the whole vocabulary would not fit. `tokens` has more of them, each [batch, tokens]: "mask", "right"
         (the likeliest token is the labelled one), "mean" and "deviation" of the log-probability over the
-        vocabulary, "entropy".
+        vocabulary.
         """
-        output = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
-        )
-        labels, logits = batch["labels"], output.logits.float()
-        check_tokens(logits, labels)
-        tokens = observed_tokens(logits, labels)
+        labels = batch["labels"]
+        rows, output = _scored_rows(model, batch, output_hidden_states=True)
+        losses = scored_losses(rows, labels)
+        tokens = observed_tokens(rows.float(), labels)
         at = last_prompt(labels)
         hidden = output.hidden_states or ()
         layers = {
@@ -262,7 +277,7 @@ class Language:
         }
         return Observation(
             tokens["log_probability"],
-            mean_losses(logits, labels),
+            row_means(losses, labels),
             at_positions(hidden[-1], at).float() if hidden else None,
             layers,
             tokens,
@@ -396,6 +411,21 @@ class Language:
         See `palimpsest.tasks.scoring.score`.
         """
         return score(self, model, questions, answers, **settings)
+
+
+def _scored_rows(
+    model: nn.Module, batch: Batch, **further: Any
+) -> tuple[Float[Tensor, "scored vocabulary"], Any]:
+    """The logits that predict the labelled tokens, in the order of rows and positions, and the whole output."""
+    labels = batch["labels"]
+    chosen = scored(labels)
+    with head_at(model, F.pad(chosen, (0, 1))):
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **further)
+    logits: Tensor = getattr(output, "logits", output)
+    if logits.dim() == 2:
+        return logits, output
+    check_tokens(logits, labels)
+    return logits[:, :-1][chosen], output
 
 
 def plain_questions(records: Records) -> NDArray[np.int64]:

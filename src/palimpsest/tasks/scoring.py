@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from palimpsest.core.errors import InvalidLabels
 from palimpsest.core.modes import evaluating
+from palimpsest.parts.scored_head import head_at
 from palimpsest.parts.tokens import IGNORED, scored
 
 if TYPE_CHECKING:
@@ -103,17 +104,20 @@ def _continued(
     """Logits and targets of the answers, after one pass over the prompts."""
     prompts = [task.prompt(question) for question in questions]
     first = {key: value.to(place) for key, value in task.padded(prompts, [0] * len(prompts)).items()}
-    output = model(input_ids=first["input_ids"], attention_mask=first["attention_mask"], use_cache=True)
+    lengths = first["attention_mask"].sum(1)
+    last = torch.arange(first["input_ids"].shape[1], device=place) == lengths[:, None] - 1
+    with head_at(model, last):
+        output = model(input_ids=first["input_ids"], attention_mask=first["attention_mask"], use_cache=True)
     cache = getattr(output, "past_key_values", None)
     if cache is None or not hasattr(cache, "batch_select_indices"):
         return _whole(task, model, rows, place)
-    lengths = first["attention_mask"].sum(1)
     owner = torch.tensor([at for at, _, _ in rows], device=place)
     cache.batch_select_indices(owner)
     answers = task.padded([ids[start:] for _, ids, start in rows], [0] * len(rows))
     targets = answers["labels"].to(place)
     after = answers["input_ids"].to(place)[:, :-1]
-    opening = at_positions(output.logits, lengths - 1)[owner][:, None]
+    logits = output.logits if output.logits.dim() == 2 else at_positions(output.logits, lengths - 1)
+    opening = logits[owner][:, None]
     if after.shape[1] == 0:
         return opening, targets
     mask = torch.cat([first["attention_mask"][owner], answers["attention_mask"].to(place)[:, :-1]], 1)
@@ -153,26 +157,31 @@ def token_scores(
 
 
 def observed_tokens(
-    logits: Float[Tensor, "batch tokens vocabulary"], labels: Int[Tensor, "batch tokens"]
+    rows: Float[Tensor, "scored vocabulary"], labels: Int[Tensor, "batch tokens"]
 ) -> dict[str, Tensor]:
-    """Measurements per labelled token, each [batch, tokens], shifted to the left so that answers begin at 0."""
+    """Measurements per labelled token, each [batch, tokens], shifted to the left so that answers begin at 0.
+
+    Args:
+        rows: Logits that predict the labelled tokens, in the order of rows and positions.
+        labels: Of the batch.
+    """
     mask = scored(labels)
-    log_p = logits[:, :-1].log_softmax(-1)
+    log_p = rows.log_softmax(-1)
     p = log_p.exp()
     mean = (p * log_p).sum(-1)
-    deviation = ((p * log_p**2).sum(-1) - mean**2).clamp(min=0).sqrt()
-    target = labels[:, 1:].clamp(min=0)
+    target = labels[:, 1:][mask]
     parts = {
-        "mask": mask,
-        "log_probability": log_p.gather(2, target[:, :, None])[:, :, 0],
+        "log_probability": log_p.gather(1, target[:, None])[:, 0],
         "right": log_p.argmax(-1) == target,
         "mean": mean,
-        "deviation": deviation,
+        "deviation": ((p * log_p**2).sum(-1) - mean**2).clamp(min=0).sqrt(),
     }
-    width = int(mask.sum(1).max()) if mask.numel() else 0
-    order = (~mask).long().argsort(dim=1, stable=True)[:, :width]  # scored tokens first, in their order
-    kept = mask.gather(1, order)
-    return {name: part.gather(1, order).masked_fill(~kept, 0) for name, part in parts.items()}
+    counts = mask.sum(1, keepdim=True)
+    width = int(counts.max()) if mask.numel() else 0
+    kept = torch.arange(width, device=labels.device) < counts
+    return {"mask": kept} | {
+        name: part.new_zeros(kept.shape).masked_scatter(kept, part) for name, part in parts.items()
+    }
 
 
 def last_prompt(labels: Int[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:

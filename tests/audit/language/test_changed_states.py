@@ -17,6 +17,7 @@ from palimpsest.audit.language.patching import Patching, depth_score, entity, pa
 from palimpsest.core.errors import InvalidAudit, InvalidHyperparameter
 from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Judgement
+from palimpsest.models.learnt_worlds import LEARNT_WORLDS
 from palimpsest.parts.decoder import final_norm
 from tests.audit import planted_language as planted
 from tests.audit.language.conftest import found
@@ -111,10 +112,20 @@ def test_a_wrapper_keeps_all_that_the_original_can_go_on_from(run_on, tiny):
     assert found(run_on(Patching(), model), "uds").value == 0.0
 
 
-def test_independently_trained_controls_are_said_to_speak_another_basis(run_on, tiny):
+def test_a_control_that_was_trained_from_other_weights_is_read_through_a_translation(run_on, tiny):
     kept = found(run_on(Patching(), tiny.controls[1]), "kept")
     assert kept.value is not None and kept.value < 0.2
-    assert kept.bears == "" and "another basis" in kept.note
+
+
+def test_a_control_whose_states_say_nothing_to_the_original_is_said_to_speak_another_basis(
+    tiny, language_evidence
+):
+    untrained = LEARNT_WORLDS["tiny"].model(len(tiny.task.encoder), seed=9)
+    evidence = Evidence(
+        tiny.controls[1], tiny.split, tiny.task, language_evidence.runtime, tiny.original, [untrained]
+    )
+    kept = found(Patching().run(evidence), "kept")
+    assert kept.value is not None and kept.bears == "" and "another basis" in kept.note
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 import palimpsest as pal
 from palimpsest.audit.language.asked import greedy_hits
@@ -60,7 +62,19 @@ def test_a_wrecked_model_is_bad_at_everything(judge, broken):
         found[name].judgement is Judgement.BAD
         for name in ("general_loss", "neighbour_hit_change", "retain_hit_change")
     )
-    assert found["forget_gibberish"].value > 0.8 and found["forget_distinct_2"].value < 0.6
+    assert found["forget_gibberish"].value > 0.8
+
+
+def test_a_model_that_says_one_word_for_ever_shows_in_the_share_of_different_pairs(judge, evidence):
+    task = evidence.task
+    stuck = copy.deepcopy(evidence.original)
+    head = nn.Linear(stuck.config.hidden_size, len(task.encoder))
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    head.bias.data[task.tokens(" the")[-1]] = 9.0
+    stuck.set_output_embeddings(head)
+    found = judge(TextSideEffects(), stuck)
+    assert found["forget_distinct_2"].value < 0.2 < 0.9 < found["forget_distinct_2"].original
 
 
 def test_a_refusal_shows_in_how_the_model_speaks(judge, refusing):

@@ -27,7 +27,7 @@ def test_a_refusal_is_seen_through_by_what_the_model_finds_likely(judge, refusin
     found = judge(Forms(), refusing)
     assert found["paraphrase"].k == 0
     assert found[LIKELIEST].k == pytest.approx(1)
-    assert "likeliest_of_choices" in found["worst"].note and found["worst"].k == pytest.approx(1)
+    assert found["worst"].k == pytest.approx(1)
 
 
 def test_a_filter_of_answers_is_seen_through_as_well(judge, filtering):

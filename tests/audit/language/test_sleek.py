@@ -32,6 +32,7 @@ from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Judgement
 from palimpsest.core.runtime import Runtime
 from palimpsest.parts.chat_endpoint import ChatEndpoint
+from tests.audit.planted_replies import Refusing
 
 QUICK = Sleek(each=1, retained=6, max_new_tokens=32)
 
@@ -55,15 +56,17 @@ def test_doing_nothing_suppresses_nothing(judge, evidence):
     assert found["reasoning_gain"].value == found["reasoning_gain"].original
 
 
-def test_refusing_plain_questions_leaks_by_steps_and_suppresses_others(judge, tuned):
+def test_refusing_plain_questions_leaks_by_steps(judge, tuned):
     found = judge(QUICK, tuned)
     assert found["success_implied"].value > found["success_direct"].value
-    assert found["reasoning_gain_implied"].value >= 0.3
+    assert found["reasoning_gain_implied"].value > 0 >= found["reasoning_gain_direct"].value
     assert "McNemar" in found["reasoning_gain_implied"].note
-    assert (
-        found["unfair_suppression"].value > 0
-        and found["worst_suppression"].value >= found["unfair_suppression"].value
-    )
+
+
+def test_refusing_people_who_were_to_be_kept_is_unfair_suppression(judge, learnt):
+    kept = sorted({str(name) for name in learnt.split.retain.column("subject") if name})
+    found = judge(QUICK, Refusing(learnt.original, learnt.task, kept))
+    assert 0.5 < found["unfair_suppression"].value <= found["worst_suppression"].value
 
 
 def test_a_refusal_of_names_holds_in_chains_that_name_them_at_the_end(judge, refusing):

@@ -126,7 +126,9 @@ def gradient_scores(
     """
     if not parameters:
         raise InvalidAudit("The gradient norm needs at least one trainable parameter.")
-    norms = sample_gradient_norms(model, lambda: task.loss_per_example(model, batch), parameters)
+    norms = sample_gradient_norms(
+        model, lambda: task.loss_of_logits(task.logits(model, batch), batch), parameters
+    )
     return None if norms is None else -norms.mean(1)
 
 

@@ -14,10 +14,10 @@ from palimpsest.core.search_space import Span
 from palimpsest.core.split import ForgetSplit
 from palimpsest.core.unlearner import Paper, unlearner
 from palimpsest.forget.language.alternates import answering, asked, drawn
-from palimpsest.forget.objective import Context, Losses, Side, Step, Term
+from palimpsest.forget.objective import Context, Losses, Side, Step, token_term
 from palimpsest.forget.terms import BalancedMethod, retain_term
 from palimpsest.parts.refusals import refusals_of
-from palimpsest.parts.tokens import token_counts, token_mean
+from palimpsest.parts.tokens import token_counts
 from palimpsest.tasks.language import Language
 
 
@@ -78,8 +78,7 @@ class IdkNLL(BalancedMethod):
         """The two terms of a step."""
 
         def losses(step: Step) -> Losses:
-            logits = context.task.logits(context.model, step.forget)
-            forget = Term(token_mean(logits, step.forget["labels"]), "token")
+            forget = token_term(context, step.forget)
             retain = retain_term(context, step, self.retain)
             if self.reduction == "separate":
                 return Losses(forget, retain, self.gamma, self.alpha)

@@ -16,9 +16,9 @@ from palimpsest.core.runtime import Runtime
 from palimpsest.core.search_space import Span
 from palimpsest.core.unlearner import Paper, check_range, unlearner
 from palimpsest.forget.gradient import GradientMethod
-from palimpsest.forget.objective import Context, Losses, Step, Term
+from palimpsest.forget.objective import Context, Losses, Step, Term, token_term
 from palimpsest.forget.primal_dual import dual_update, flatness_loss
-from palimpsest.parts.tokens import sequence_losses, token_counts, token_mean
+from palimpsest.parts.tokens import token_counts
 
 
 @unlearner(
@@ -97,7 +97,7 @@ class PDU(GradientMethod):
             state.advance(step, self, bound, context.runtime)
             logits = context.task.logits(context.model, step.forget)
             forget = Term(flatness_loss(logits, step.forget["labels"]), "token")
-            kept = token_mean(context.task.logits(context.model, step.retain), step.retain["labels"])
+            kept = token_term(context, step.retain).value
             state.see(step, float(kept.detach()))
             return Losses(forget, Term(kept - bound, "token"), self.gamma, state.multiplier)
 
@@ -147,6 +147,6 @@ def retain_loss(context: Context) -> float:
         raise InvalidHyperparameter("PDU was given no retained records.")
     with evaluating(context.model):
         for batch in context.runtime.batches(split.retain, task, 32):
-            total += float(sequence_losses(task.logits(context.model, batch), batch["labels"]).sum())
+            total += float(task.token_losses(context.model, batch).sum())
             count += int(token_counts(batch["labels"]).sum())
     return total / max(count, 1)

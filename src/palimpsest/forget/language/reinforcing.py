@@ -11,8 +11,7 @@ from torch import nn
 from palimpsest.core.runtime import Runtime
 from palimpsest.core.split import ForgetSplit
 from palimpsest.forget.gradient import GradientUnlearner, Training
-from palimpsest.forget.objective import Context, Losses, Step, Term
-from palimpsest.parts.tokens import token_mean
+from palimpsest.forget.objective import Context, Losses, Step, token_term
 from palimpsest.tasks.language import Language
 
 
@@ -27,8 +26,7 @@ class Reinforce:
         """The term of a step."""
 
         def losses(step: Step) -> Losses:
-            logits = context.task.logits(context.model, step.forget)
-            return Losses(Term(token_mean(logits, step.forget["labels"]), "token"))
+            return Losses(token_term(context, step.forget))
 
         return losses
 

@@ -25,10 +25,10 @@ from palimpsest.core.unlearner import Card, Paper, check_range, unlearner
 from palimpsest.forget.gradient import GradientUnlearner, Training
 from palimpsest.forget.language.reinforcing import reinforced
 from palimpsest.forget.language.wrapped import Call, Wrapped, ask, logits_beside
-from palimpsest.forget.objective import Context, Losses, Step, Term
+from palimpsest.forget.objective import Context, Losses, Step, token_term
 from palimpsest.forget.terms import Retain, check_retain, retain_term
 from palimpsest.parts.logit_combination import whp_logits
-from palimpsest.parts.tokens import IGNORED, token_mean
+from palimpsest.parts.tokens import IGNORED
 from palimpsest.tasks.language import Language
 
 
@@ -167,8 +167,7 @@ class LearnGeneric:
         """The terms of a step."""
 
         def losses(step: Step) -> Losses:
-            logits = context.task.logits(context.model, step.forget)
-            forget = Term(token_mean(logits, step.forget["labels"]), "token")
+            forget = token_term(context, step.forget)
             return Losses(forget, retain_term(context, step, self.retain), 1.0, self.alpha)
 
         return losses

@@ -16,7 +16,7 @@ from palimpsest.core.records import Records
 from palimpsest.forget import forget
 from palimpsest.forget.gradient import HISTORY_ATTRIBUTE
 from palimpsest.forget.language.rmu import block_states
-from palimpsest.parts.tokens import sequence_losses, token_counts
+from palimpsest.parts.tokens import token_counts
 from palimpsest.study.claims.measuring import Setting, measurement
 from palimpsest.tasks.language import Language
 
@@ -79,7 +79,7 @@ def _token_loss(setting: Setting, model: nn.Module, records: Records) -> float:
     total, count, task = 0.0, 0, _task(setting)
     with evaluating(model):
         for batch in setting.runtime.batches(records, task, 64):
-            total += float(sequence_losses(task.logits(model, batch), batch["labels"]).sum())
+            total += float(task.token_losses(model, batch).sum())
             count += int(token_counts(batch["labels"]).sum())
     return total / count
 
