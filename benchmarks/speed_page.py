@@ -35,8 +35,13 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in padded)
 
 
-def write_section(name: str, text: str) -> Path:
+def write_section(name: str, text: str, threads: str = "one thread") -> Path:
     """Replace what stands between the marks of a section by a measured table and what it was measured with.
+
+    Args:
+        name: Of the section.
+        text: The table, and what it is about.
+        threads: That it was measured with.
 
     Raises:
         ValueError: If the page has no such marks.
@@ -45,7 +50,7 @@ def write_section(name: str, text: str) -> Path:
     page = PAGE.read_text(encoding="utf-8")
     if begin not in page or end not in page:
         raise ValueError(f"{PAGE} has no lines '{begin}' and '{end}'.")
-    with_what = f"torch {torch.__version__}, {platform.system()} {platform.machine()}, one thread."
+    with_what = f"torch {torch.__version__}, {platform.system()} {platform.machine()}, {threads}."
     filled = f"{begin}\n\n{text}\n\nMeasured with {with_what}\n\n{end}"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     PAGE.write_text(pattern.sub(lambda _: filled, page), encoding="utf-8")
