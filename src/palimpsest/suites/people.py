@@ -22,6 +22,16 @@ OWN: dict[str, Tree] = {
         "scope": {"name": "traced", "samples": 5, "window": 1, "facts": 12},
     },
     "retrain": {},
+    "system-prompt": {"obey": "rule"},
+    "uld": {
+        "tuning": "full",
+        "lr": 2e-3,
+        "epochs": 30,
+        "batch_size": 16,
+        "accumulate": 1,
+        "relative_top": 0.05,
+        "alpha": 1.0,
+    },
 }
 """What single methods take instead."""
 
