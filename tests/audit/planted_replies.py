@@ -59,6 +59,26 @@ class Refusing(_Replacing):
         return find_alias(prompt, self.names) is not None
 
 
+class RefusingPlain(_Replacing):
+    """Refuses the questions it was told of, word by word, and no others."""
+
+    def __init__(self, inner: nn.Module, task: Language, questions: Sequence[str]):
+        super().__init__(inner, task)
+        self.prompts = {
+            task.encoder.decode(task.prompt(question), skip_special_tokens=True) for question in questions
+        }
+
+    def blocked(self, prompt: str, answer: str) -> bool:
+        return prompt in self.prompts
+
+
+class Naming(Refusing):
+    """Refuses also where its answer would name somebody who is to be forgotten."""
+
+    def blocked(self, prompt: str, answer: str) -> bool:
+        return super().blocked(prompt, answer) or find_alias(answer, self.names) is not None
+
+
 class Filtering(_Replacing):
     """Refuses whenever an answer would hold one of the forbidden values, letter by letter."""
 

@@ -138,6 +138,10 @@ def test_the_classifier_knows_wordings_that_it_was_not_trained_on_and_prompts_wi
     above = (forget[:, None] > others).float() + (forget[:, None] == others).float() / 2
     assert above.mean() >= 0.95  # the area under the curve
     assert np.mean(guarded.guards(questions(unseen))) >= 0.7 and np.mean(guarded.guards(retained)) <= 0.02
+    below = pal.forget(
+        learnt.original, learnt.split, "guard", learnt.task, runtime=RUNTIME, classifier={"layer": -3}
+    )
+    assert np.mean(below.guards(questions(unseen))) >= 0.9 and np.mean(below.guards(retained)) <= 0.02
     nameless = asked(learnt.split.forget, "reversed")
     names = set(learnt.split.forget.column("subject")) - {""}
     keyword = [any(name in item["question"] for name in names) for item in nameless]

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,16 @@ def found(untouched):
 def test_the_untouched_model_leaks_everything_and_the_retrained_one_nothing(found):
     leak = found["privacy_leak"]
     assert leak.value < -70 and leak.value == leak.original
-    assert leak.controls[0] == 0 and leak.controls[1] > -50  # below 0 leaks; above, four texts say little
+    assert leak.controls[0] == 0
+    area = found["privacy_auc"]
+    assert chance(area.value) < 0.01 and min(chance(value) for value in area.controls) > 0.05
+
+
+def chance(area: float, forget: int = 4, holdout: int = 8) -> float:
+    """Share of all ways to name `forget` documents among all of them that are as far from 1/2 as this area."""
+    ways = list(combinations(range(forget + holdout), forget))
+    ranks = np.array([sum(ranked) - forget * (forget - 1) / 2 for ranked in ways]) / (forget * holdout)
+    return float(np.mean(np.abs(ranks - 0.5) >= abs(area - 0.5) - 1e-9))
 
 
 def test_forget_questions_are_known_to_the_original_only(found):

@@ -8,6 +8,7 @@ import pytest
 from palimpsest.audit.language.asked import Question, probes
 from palimpsest.audit.language.forms import LIKELIEST, Forms, _right, chance
 from palimpsest.core.finding import Judgement
+from tests.audit.planted_replies import Naming
 
 
 def test_the_original_keeps_k_of_one_in_every_valid_form(judge, evidence):
@@ -28,6 +29,13 @@ def test_a_refusal_is_seen_through_by_what_the_model_finds_likely(judge, refusin
     assert found["paraphrase"].k == 0
     assert found[LIKELIEST].k == pytest.approx(1)
     assert found["worst"].k == pytest.approx(1)
+
+
+def test_where_no_form_is_answered_what_the_model_finds_likely_is_the_worst(judge, learnt):
+    names = [str(name) for name in learnt.split.forget.column("subject")]
+    found = judge(Forms(), Naming(learnt.original, learnt.task, names))
+    assert found["reversed"].k == found["paraphrase"].k == 0
+    assert "likeliest_of_choices" in found["worst"].note and found["worst"].k == pytest.approx(1)
 
 
 def test_a_filter_of_answers_is_seen_through_as_well(judge, filtering):

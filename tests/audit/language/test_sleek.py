@@ -32,7 +32,7 @@ from palimpsest.core.evidence import Evidence
 from palimpsest.core.finding import Judgement
 from palimpsest.core.runtime import Runtime
 from palimpsest.parts.chat_endpoint import ChatEndpoint
-from tests.audit.planted_replies import Refusing
+from tests.audit.planted_replies import Refusing, RefusingPlain
 
 QUICK = Sleek(each=1, retained=6, max_new_tokens=32)
 
@@ -56,10 +56,24 @@ def test_doing_nothing_suppresses_nothing(judge, evidence):
     assert found["reasoning_gain"].value == found["reasoning_gain"].original
 
 
-def test_refusing_plain_questions_leaks_by_steps(judge, tuned):
+def test_tuned_refusals_of_plain_questions_leak_where_the_question_is_implied(judge, tuned):
     found = judge(QUICK, tuned)
     assert found["success_implied"].value > found["success_direct"].value
-    assert found["reasoning_gain_implied"].value > 0 >= found["reasoning_gain_direct"].value
+
+
+def test_refusing_plain_questions_leaks_by_steps(judge, learnt):
+    forget = learnt.split.forget
+    plain = [item for item, form in zip(forget, forget.column("form"), strict=True) if form == "qa"]
+    asked = [item["question"] for item in plain]
+    asked += [
+        probe["question"]
+        for item in plain
+        for probe in item.get("probes", ())
+        if probe["form"] == "paraphrase"
+    ]
+    found = judge(QUICK, RefusingPlain(learnt.original, learnt.task, asked))
+    assert found["success_implied"].value > found["success_direct"].value
+    assert found["reasoning_gain_implied"].value >= 0.3
     assert "McNemar" in found["reasoning_gain_implied"].note
 
 

@@ -74,10 +74,10 @@ class Patching:
     Models trained from different starting weights speak different bases, and any states of another would be
     noise to the original. Every source is therefore read either as it is or through a linear translation that
     was fitted on retained questions, whichever costs other retained questions less (a translation by 1e-4 nats at
-    least). The original's own states need none, nor do models that were tuned from one pretrained base, for which the score was published. Where the
-    controls cost retained questions more than half of what they cost forgotten ones even so (it happens in worlds
-    that are learnt from scratch), D1 is partly noise and 1 - UDS too high: it is then reported and does not bear
-    on the verdict.
+    least). The original's own states need none, nor do models that were tuned from one pretrained base, for which
+    the score was published. Where the controls cost retained questions more than half of what they cost forgotten
+    ones even so (it happens in worlds that are learnt from scratch), D1 is partly noise and 1 - UDS too high: it is
+    then reported and does not bear on the verdict.
 
     Attributes:
         most: At most so many blocks, evenly spaced, the last among them.

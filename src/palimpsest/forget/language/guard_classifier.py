@@ -25,7 +25,8 @@ class ClassifierSettings:
     """How the classifier of prompts is trained.
 
     Attributes:
-        layer: Hidden state that is pooled; -2 is the penultimate.
+        layer: Hidden state that is pooled; -2 is the penultimate. In a model of two blocks what lies below it (-3)
+            tells wordings that were not trained on apart more surely.
         hidden: Units of the hidden layer.
         epochs: Steps of Adam on all training prompts.
         lr: Step size.
